@@ -1,0 +1,95 @@
+"""Contrastive and distillation losses from score matrices [B, P]: InfoNCE, self-distillation and the M3 loss (PAPER §2).
+
+Not here: how scores come about (scores.py), and what a batch is. Every sum is float32.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+PARTS = ("dense", "sparse", "colbert")
+
+# PAPER §2, v4: λ of dense, sparse, colbert; a random sparse head makes its loss huge at first.
+LOSS_WEIGHTS = (1.0, 0.1, 1.0)
+
+
+def candidates(
+    positives: Int[Array, "b"], identity: Int[Array, "p 2"] | None, passages: int
+) -> Bool[Array, "b p"]:
+    """Which passages a row's softmax ranges over: all, but those with the same text as its positive in another place.
+
+    positives: column of each row's positive. identity: a 64-bit hash of each passage's text in two words, or None where
+    texts are not known; two rows that share a positive would otherwise push it away from each other's query.
+
+    >>> candidates(jnp.array([0, 1]), jnp.array([[7, 7], [7, 7], [8, 8]], jnp.uint32), 3)
+    Array([[ True, False,  True],
+           [False,  True,  True]], dtype=bool)
+    """
+    own = jnp.arange(passages) == positives[:, None]
+    if identity is None:
+        return jnp.ones_like(own)
+    same = (identity[positives][:, None] == identity[None]).all(axis=-1)
+    return own | ~same
+
+
+def info_nce(
+    scores: Float[Array, "b p"], positives: Int[Array, "b"], temperature: float, allowed: Bool[Array, "b p"] | None = None
+) -> Float[Array, ""]:
+    """− mean over rows of log softmax(scores / temperature) at the positive's column.
+
+    allowed: the candidates of each row, all by default; the positive must be one of them.
+
+    >>> info_nce(jnp.array([[0.0, 0.0]]), jnp.array([0]), 1.0)
+    Array(0.6931472, dtype=float32)
+    """
+    logs = _log_softmax(scores, temperature, allowed)
+    return -jnp.take_along_axis(logs, positives[:, None], axis=1).mean()
+
+
+def distillation(
+    teacher: Float[Array, "b p"],
+    student: Float[Array, "b p"],
+    temperature: float,
+    allowed: Bool[Array, "b p"] | None = None,
+) -> Float[Array, ""]:
+    """− mean over rows of Σ softmax(teacher / temperature) · log softmax(student / temperature); no gradient to the teacher.
+
+    >>> distillation(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 0.0]]), 1.0)
+    Array(0.6931472, dtype=float32)
+    """
+    target = jnp.exp(_log_softmax(jax.lax.stop_gradient(teacher), temperature, allowed))
+    logs = _log_softmax(student, temperature, allowed)
+    if allowed is not None:
+        logs = jnp.where(allowed, logs, 0.0)  # 0 · -inf is NaN
+    return -(target * logs).sum(axis=1).mean()
+
+
+def m3_loss(
+    scores: Mapping[str, Float[Array, "b p"]],
+    positives: Int[Array, "b"],
+    *,
+    temperature: float = 0.02,
+    loss_weights: tuple[float, float, float] = LOSS_WEIGHTS,
+    distill: Float[Array, ""] | float = 0.0,
+    allowed: Bool[Array, "b p"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The M3 objective of PAPER §2 (v4) and its parts, unweighted.
+
+    scores: "dense", "sparse", "colbert", "hybrid", each [b, p]. L = (Σ λ·L_* + L_hybrid) / 4; with self-distillation
+    L' = Σ λ·L'_* / 3 and the loss is (L + L') / 2. distill: 0 before self-distillation starts, 1 after; it may be a traced
+    array, so that starting compiles nothing again. Parts: "dense", "sparse", "colbert", "hybrid", and "distill/…".
+    """
+    parts = {name: info_nce(scores[name], positives, temperature, allowed) for name in (*PARTS, "hybrid")}
+    contrastive = sum(w * parts[name] for w, name in zip(loss_weights, PARTS, strict=True)) + parts["hybrid"]
+    taught = {name: distillation(scores["hybrid"], scores[name], temperature, allowed) for name in PARTS}
+    distilled = sum(w * taught[name] for w, name in zip(loss_weights, PARTS, strict=True))
+    contrastive, distilled = contrastive / 4, distilled / 3
+    loss = jnp.where(jnp.asarray(distill) > 0, (contrastive + distilled) / 2, contrastive)
+    return loss, parts | {f"distill/{name}": value for name, value in taught.items()}
+
+
+def _log_softmax(scores: Array, temperature: float, allowed: Array | None) -> Array:
+    logits = scores.astype(jnp.float32) / temperature
+    return jax.nn.log_softmax(logits if allowed is None else jnp.where(allowed, logits, -jnp.inf), axis=1)

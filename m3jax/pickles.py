@@ -1,0 +1,309 @@
+"""PyTorch's zip pickles (`.bin`, `.pt`) without torch: a reader that can execute nothing, a small writer.
+
+No name of a model stands here, no tensor is copied or converted, and the format before PyTorch 1.6 is not read.
+"""
+
+import math
+import mmap
+import os
+import pickle
+import pickletools
+import secrets
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+_TYPES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16}
+_TYPES |= {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
+_STORAGES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _TYPES.items()}
+_DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+_PARAMETER = "torch._utils _rebuild_parameter"
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_LITERALS = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MAX_PICKLE_BYTES = 2**24  # 150,000 tensors of 100 bytes each; bounds the time that a hostile file can take
+_ZIP64_BYTES = 2**30  # below zipfile's own limit, so that the choice, which moves the data by 20 bytes, is ours alone
+_MAX_DIMENSIONS = 64  # numpy's own limit
+_ALIGNMENT = 64  # torch's default: torch.utils.serialization.config.save.storage_alignment
+_ADVICE = (
+    "Fetch it again if it was downloaded; else, if you trust where it comes from, write its tensors anew in PyTorch: "
+    "torch.save({k: v.contiguous() for k, v in torch.load(path, weights_only=True).items()}, path)"
+)
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A name that the pickle imports, as "module name"; nothing is imported for it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """One storage as a flat array over the mapped file; a class of its own, so that it cannot pass for a tensor."""
+
+    values: np.ndarray
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a state dict that `torch.save` wrote, by name: read-only views of the mapped file.
+
+    Tied tensors share memory, and strides are kept. No tensor is larger than its storage, so a small file stays small.
+    ValueError for whatever is not a zip archive of stored entries with a flat dict of dense CPU or GPU tensors in it.
+    Format: torch/serialization.py (`_save`, `_load`) and torch/_utils.py (`_rebuild_tensor_v2`) of PyTorch 2.13.
+    """
+    try:
+        records = _records(Path(path))
+        if records.get("byteorder", b"little") != b"little":
+            raise ValueError(f"numbers are stored little-endian, byteorder says {_short(bytes(records['byteorder']))}")
+        if not 0 < len(records.get("data.pkl", b"")) <= _MAX_PICKLE_BYTES:
+            raise ValueError(f"a state dict has a data.pkl of at most {_MAX_PICKLE_BYTES} bytes; this one has not")
+        tensors = _unpickle(records)
+        if type(tensors) is not dict:
+            raise ValueError(f"the pickle holds a dict of tensors by name, not a {_kind(tensors)}")
+        for name, value in tensors.items():
+            if not isinstance(value, np.ndarray):
+                raise ValueError(f"every value of the dict is a tensor, but {_short(name)} is a {_kind(value)}")
+        return tensors
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}. {_ADVICE}") from error
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write what `torch.load(path, weights_only=True)` reads as an OrderedDict of contiguous tensors, dtypes kept.
+
+    Arrays that are the same memory (address, dtype, shape, strides) become tied tensors and are stored once. The file
+    appears at `path` only when it is whole. ValueError for a name that is no str and a dtype that `read` does not know.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(f"{folder}/two.pt", {"a": np.float32([1, 2]), "b": np.array(3)})
+    ...     read(f"{folder}/two.pt")
+    {'a': array([1., 2.], dtype=float32), 'b': array(3)}
+    """
+    arrays = dict(tensors)  # held to the end: an address stands for an array only while the array lives
+    storages: dict[tuple[object, ...], tuple[int, np.ndarray]] = {}
+    code = [b"\x80\x02", _code(OrderedDict()), b"("]
+    for name, array in arrays.items():
+        if not isinstance(name, str) or not isinstance(array, np.ndarray):
+            raise ValueError(f"tensors are numpy arrays by str name; {name!r} is a {type(array).__name__}, convert it")
+        storage = next((key for key, dtype in _STORAGES.items() if dtype == array.dtype), None)
+        if storage is None:
+            known = ", ".join(dtype.name for dtype in _STORAGES.values())
+            raise ValueError(f"{name!r} has dtype {array.dtype.str} ({array.dtype.name}); convert it to one of {known}")
+        memory = (array.ctypes.data, array.dtype, array.shape, array.strides)
+        index, _ = storages.setdefault(memory, (len(storages), array))
+        # not array.strides: numpy's of an axis of length 1 are arbitrary, even negative
+        strides = tuple(math.prod(max(n, 1) for n in array.shape[axis + 1 :]) for axis in range(array.ndim))
+        code += [_code(name), _global(_TENSOR), b"((", _code("storage"), _global(storage), _code(str(index))]
+        code += [_code("cpu"), _code(array.size), b"tQ", *map(_code, (0, array.shape, strides, False, OrderedDict()))]
+        code += [b"tR"]
+    code.append(b"u.")
+
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                _add(archive, "data.pkl", b"".join(code))
+                _add(archive, "byteorder", b"little")
+                for index, array in storages.values():
+                    _add(archive, f"data/{index}", array.ravel().view(np.uint8).data)
+                _add(archive, "version", b"3\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _code(value: object) -> bytes:
+    """The opcodes that push a plain value; they overwrite the memo, which the rest of the pickle never reads."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def _global(name: str) -> bytes:
+    return b"c" + name.replace(" ", "\n").encode() + b"\n"
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
+    entry = zipfile.ZipInfo(f"archive/{name}")
+    zip64 = len(content) >= _ZIP64_BYTES
+    padding = -(archive.start_dir + 30 + len(entry.filename) + 4 + 20 * zip64) % _ALIGNMENT
+    entry.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
+    with archive.open(entry, "w", force_zip64=zip64) as file:
+        file.write(content)
+    entry.extra = b""  # the padding belongs to the local header; the central directory does not repeat it
+
+
+def _records(path: Path) -> dict[str, memoryview]:
+    """The content of each entry of the archive, by its name below the top folder, as a view of the mapped file.
+
+    Checksums are not compared: that would read every byte, and torch.save can be told not to compute them.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise ValueError("the file is a zip archive, as PyTorch writes since 1.6; this one is not (older format?)")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries, limit = archive.infolist(), archive.start_dir
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError) as error:
+            raise ValueError(f"the zip archive is whole; this one is cut off or damaged ({error})") from error
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    records: dict[str, memoryview] = {}
+    folders, reached = set(), 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        parts = entry.orig_filename.split("/")
+        name, shown = "/".join(parts[1:]), _short(entry.orig_filename)
+        folders.add(parts[0])
+        if len(parts) == 1 or {"", ".", ".."} & set(parts) or set("\\:\0") & set(entry.orig_filename):
+            raise ValueError(f"entries are named folder/name, with no '..' and no absolute path; {shown} is not")
+        if len(folders) > 1 or name in records:
+            raise ValueError(f"entries are unique names in one top folder; {shown} is a second")
+        if not reached <= entry.header_offset <= limit - 30:
+            raise ValueError(f"entries follow each other in the file; {shown} starts at {entry.header_offset}")
+        header = struct.unpack_from("<4s2xHH16xHH", content, entry.header_offset)
+        signature, flags, method, name_bytes, extra_bytes = header
+        if method or entry.compress_type or entry.compress_size != entry.file_size:
+            raise ValueError(f"entries are stored, not compressed; {shown} has method {entry.compress_type or method}")
+        if (flags | entry.flag_bits) & 0x2061:  # encrypted, patch data, strong encryption, masked headers
+            raise ValueError(f"entries are not encrypted; {shown} has flags {flags | entry.flag_bits:#x}")
+        start = entry.header_offset + 30 + name_bytes
+        encoded = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+        if signature != b"PK\3\4" or content[start - name_bytes : start] != encoded:
+            raise ValueError(f"the central directory and the local header agree; they differ on {shown}")
+        start += extra_bytes
+        reached = start + entry.file_size
+        if reached > limit:
+            raise ValueError(f"entries end before the central directory at {limit}; {shown} ends at {reached}")
+        records[name] = content[start:reached]
+    return records
+
+
+def _unpickle(records: Mapping[str, memoryview]) -> object:
+    """Run data.pkl on a machine of the few opcodes that a state dict needs, over inert values.
+
+    Not `pickle.Unpickler`: with no class at all to find, a deep tuple as a dict key still overflows its C stack and
+    one LONG_BINPUT makes it fill 64 GB. Here keys are str, the memo is a dict, and nothing recurses.
+    """
+    stack: list[object] = []
+    marks: list[list[object]] = []
+    memo: dict[object, object] = {}
+    try:
+        for opcode, arg, _ in pickletools.genops(bytes(records["data.pkl"])):
+            match opcode.name:
+                case "PROTO" if arg == 2:
+                    pass
+                case "MARK":
+                    marks.append(stack)
+                    stack = []
+                case "EMPTY_DICT":
+                    stack.append({})
+                case name if name in _CONSTANTS:
+                    stack.append(_CONSTANTS[name])
+                case name if name in _LITERALS:
+                    stack.append(arg)
+                case name if name in _TUPLES:
+                    stack.append(tuple([stack.pop() for _ in range(_TUPLES[name])][::-1]))
+                case "TUPLE":
+                    items, stack = stack, marks.pop()
+                    stack.append(tuple(items))
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[arg] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[arg])
+                case "GLOBAL":
+                    if arg not in (_DICT, _TENSOR, _PARAMETER, *_STORAGES):
+                        came = _short(str(arg).replace(" ", "."))
+                        raise ValueError(f"the pickle may name only OrderedDict and torch's dense tensors, not {came}")
+                    stack.append(_Global(str(arg)))
+                case "BINPERSID":
+                    stack.append(_storage(stack.pop(), records))
+                case "REDUCE":
+                    args, function = stack.pop(), stack.pop()
+                    stack.append(_reduce(function, args))
+                case "SETITEM":
+                    items = [stack.pop(-2), stack.pop()]
+                    _set_items(stack[-1], items)
+                case "SETITEMS":
+                    items, stack = stack, marks.pop()
+                    _set_items(stack[-1], items)
+                case "BUILD":  # the `_metadata` of nn.Module.state_dict(): versions of the modules, no tensors
+                    state = stack.pop()
+                    if type(state) is not dict or type(stack[-1]) is not dict:
+                        raise ValueError(f"only a dict has a state, a dict; not a {_kind(stack[-1])} a {_kind(state)}")
+                case "STOP":
+                    return stack.pop()
+                case name:
+                    raise ValueError(f"a state dict in pickle protocol 2 has no opcode {name} ({_short(arg)})")
+    except (IndexError, KeyError) as error:
+        raise ValueError("data.pkl is whole; this one takes from an empty stack, mark or memo") from error
+
+
+def _set_items(target: object, items: list[object]) -> None:
+    if type(target) is not dict or len(items) % 2:
+        raise ValueError(f"pairs of name and value go into a dict, not {len(items)} objects into a {_kind(target)}")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if type(key) is not str or key in target:
+            raise ValueError(f"names are unique strings; {_short(key) if type(key) is str else _kind(key)} is not")
+        target[key] = value
+
+
+def _storage(identity: object, records: Mapping[str, memoryview]) -> _Storage:
+    match identity:
+        case ("storage", _Global(kind), str(key), str(), int(size)) if kind in _STORAGES:
+            dtype, name = _STORAGES[kind], f"data/{key}"
+        case _:
+            raise ValueError("a storage is ('storage', type, key, device, size) with a type that torch.save writes")
+    if name not in records or len(records[name]) != size * dtype.itemsize:
+        came = f"{len(records[name])} bytes" if name in records else "not there"
+        raise ValueError(f"storage {_short(name)} has {size} × {dtype.itemsize} bytes; its entry is {came}")
+    # any other byte is undefined behaviour in numpy's boolean loops
+    if dtype == np.bool_ and np.frombuffer(records[name], np.uint8).max(initial=0) > 1:
+        raise ValueError(f"booleans are stored as 0 or 1; {_short(name)} holds another byte")
+    return _Storage(np.frombuffer(records[name], dtype))
+
+
+def _reduce(function: object, args: object) -> object:
+    match function, args:
+        case _Global(name), () if name == _DICT:
+            return {}
+        case _Global(name), (np.ndarray() as tensor, bool(), dict(hooks)) if name == _PARAMETER and not hooks:
+            return tensor
+        case _Global(name), (
+            _Storage(values), int(offset), tuple(shape), tuple(strides), bool(), dict(hooks)
+        ) if name == _TENSOR and not hooks:  # fmt: skip
+            return _tensor(values, offset, shape, strides)
+    called = function.name.replace(" ", ".") if isinstance(function, _Global) else _kind(function)
+    came = ", ".join(_kind(arg) for arg in args[:8]) if isinstance(args, tuple) else _kind(args)
+    raise ValueError(f"torch.save calls OrderedDict() and its functions for dense tensors, not {called}({came})")
+
+
+def _tensor(values: np.ndarray, offset: int, shape: tuple[object, ...], strides: tuple[object, ...]) -> np.ndarray:
+    sizes = [n for n in shape if type(n) is int and n >= 0]
+    steps = [n for n in strides if type(n) is int and n >= 0]
+    if not len(sizes) == len(shape) == len(strides) == len(steps) <= _MAX_DIMENSIONS or offset < 0:
+        raise ValueError(f"a tensor has as many strides as sizes, at most {_MAX_DIMENSIONS}, and nothing is negative")
+    if math.prod(sizes) == 0:
+        return np.ndarray(sizes, values.dtype)
+    end = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True)) + 1
+    if end > values.size or math.prod(sizes) > values.size:  # the second is an expanded tensor
+        came = f"shape {_short(sizes)}, strides {_short(steps)}, offset {_short(offset)}"
+        raise ValueError(f"a tensor lies within its storage of {values.size} and is no larger; this one has {came}")
+    # the stride of an axis of length 1 is never taken, and may be any number
+    steps = [step * values.itemsize if size > 1 else values.itemsize for size, step in zip(sizes, steps, strict=True)]
+    return np.ndarray(sizes, values.dtype, values, offset * values.itemsize, steps)
+
+
+def _kind(value: object) -> str:
+    return "tensor" if isinstance(value, np.ndarray) else type(value).__name__.lstrip("_").lower()
+
+
+def _short(value: object) -> str:
+    return f"{value!r:.80}"

@@ -1,0 +1,87 @@
+"""One mesh with data, fsdp and tensor axes, and the rules that place parameters, optimiser state and batches on it.
+
+Not here: any collective. The mathematics is written for the global arrays; XLA splits it by these placements.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Rows of a batch go over data and fsdp: every device works on its own rows.
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# Parameter path (joined by "/") → PartitionSpec; the first match holds. A kernel is [inputs, outputs]. Pairs of
+# projections split their shared width over `tensor`, so one all-reduce a pair suffices. A table splits its width: 250,002
+# rows divide by neither 4 nor 8.
+_RULES = (
+    (r"(word|position)_embeddings/embedding$", PartitionSpec(None, ("fsdp", "tensor"))),
+    (r"token_type_embeddings/embedding$", PartitionSpec()),
+    (r"/(q|k|v|up)/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"/(q|k|v|up)/bias$", PartitionSpec("tensor")),
+    (r"/(attention_out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"(pooler|colbert_linear)/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"sparse_linear/kernel$", PartitionSpec("fsdp")),
+    (r"/(bias|scale)$", PartitionSpec()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices with the axes data × fsdp × tensor; one size may be -1, the rest of the devices.
+
+    Raises ValueError where the sizes do not give the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    known = 1
+    for size in sizes:
+        known *= 1 if size == -1 else size
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes or sizes[0] * sizes[1] * sizes[2] != len(devices):
+        raise ValueError(
+            f"mesh sizes must multiply to the number of devices, {len(devices)}, with at most one -1 for the rest; got "
+            f"data={data}, fsdp={fsdp}, tensor={tensor}"
+        )
+    # Auto axes: with the default, Explicit, every operation of the mathematics would need sharding types.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of jax.tree_util as "encoder/layers/0/q/kernel"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def partition(tree: Any) -> Any:
+    """The PartitionSpec of each leaf of a tree of parameters, or of optimiser state that holds trees like it.
+
+    A leaf without axes (a step count) is whole on every device. Raises ValueError on a path that no rule knows.
+    """
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        if not leaf.shape:
+            return PartitionSpec()
+        name = path_name(path)
+        for pattern, placed in _RULES:
+            if re.search(pattern, name):
+                return placed
+        raise ValueError(f"every parameter needs a placement rule, got {name!r}; add one to m3jax/sharding.py")
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """`partition` on a mesh: the NamedSharding of each leaf."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), partition(tree), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """x placed as `spec` says on the mesh of `jax.set_mesh`; without one, x itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -1,0 +1,155 @@
+"""The encoder: XLM-RoBERTa in Flax NNX, equal to transformers' XLMRobertaModel with the same weights.
+
+Not here: the heads (heads.py), and dropout on attention weights, which fused attention kernels do not have.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from m3jax.attention import attention
+from m3jax.config import M3Config
+
+
+def positions_from_ids(ids: Int[Array, "b l"], pad_id: int) -> Int[Array, "b l"]:
+    """Position of each token: pad_id + the number of non-pad ids up to and including it; a pad id has pad_id (PAPER §1).
+
+    It follows the ids, not the mask, as the reference does: a literal `<pad>` inside a text has position pad_id.
+
+    >>> positions_from_ids(jnp.array([[0, 7, 1]]), 1)
+    Array([[2, 3, 1]], dtype=int32)
+    """
+    real = (ids != pad_id).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1) * real + pad_id
+
+
+def _kernel_dtype(args: Sequence[jax.Array | None], *, dtype=None, inexact: bool = True):
+    """Inputs are cast to the dtype of the kernel, and the product is accumulated in float32 (see `linear`)."""
+    inputs, kernel, bias = args
+    assert inputs is not None and kernel is not None
+    return inputs.astype(kernel.dtype), kernel, bias
+
+
+def linear(config: M3Config, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer whose matrix product runs in the kernel's dtype and whose result is float32."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        promote_dtype=_kernel_dtype,
+        preferred_element_type=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def _layer_norm(config: M3Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # use_fast_variance computes E[x²] - E[x]², which loses digits that PyTorch keeps.
+    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+
+
+def _embedding(config: M3Config, rows: int, rngs: nnx.Rngs, zero_row: int | None = None) -> nnx.Embed:
+    normal = nnx.initializers.normal(config.initializer_range)
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        table = normal(key, shape, dtype)
+        return table if zero_row is None else table.at[zero_row].set(0.0)
+
+    return nnx.Embed(rows, config.hidden_size, embedding_init=init, rngs=rngs)
+
+
+class Embeddings(nnx.Module):
+    """Token + position + type embeddings, then LayerNorm."""
+
+    def __init__(self, config: M3Config, rngs: nnx.Rngs):
+        self.word_embeddings = _embedding(config, config.vocab_size, rngs, zero_row=config.pad_token_id)
+        self.position_embeddings = _embedding(
+            config, config.max_position_embeddings, rngs, zero_row=config.pad_token_id
+        )
+        self.token_type_embeddings = _embedding(config, config.type_vocab_size, rngs)
+        self.layer_norm = _layer_norm(config, rngs)
+
+    def __call__(self, ids: Int[Array, "b l"], positions: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        # Every token has type 0, the only type that XLM-R knows.
+        hidden = (
+            self.word_embeddings.embedding[ids].astype(jnp.float32)
+            + self.position_embeddings.embedding[positions]
+            + self.token_type_embeddings.embedding[0]
+        )
+        return self.layer_norm(hidden)
+
+
+class Layer(nnx.Module):
+    """One post-norm transformer layer; the residual stream is float32 whatever the matrix products run in."""
+
+    def __init__(self, config: M3Config, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.q = linear(config, width, width, rngs)
+        self.k = linear(config, width, width, rngs)
+        self.v = linear(config, width, width, rngs)
+        self.attention_out = linear(config, width, width, rngs)
+        self.attention_norm = _layer_norm(config, rngs)
+        self.up = linear(config, width, config.intermediate_size, rngs)
+        self.down = linear(config, config.intermediate_size, width, rngs)
+        self.output_norm = _layer_norm(config, rngs)
+        self.heads = config.num_attention_heads
+
+    def __call__(
+        self, hidden: Float[Array, "b l d"], segments: Int[Array, "b l"], dropout: float, key: Key[Array, ""] | None
+    ) -> Float[Array, "b l d"]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        q, k, v = (
+            project(hidden).astype(self.q.kernel.dtype).reshape(*hidden.shape[:2], self.heads, -1)
+            for project in (self.q, self.k, self.v)
+        )
+        attended = attention(q, k, v, segments).reshape(hidden.shape)
+        hidden = self.attention_norm(hidden + _drop(self.attention_out(attended), dropout, keys[0]))
+        # The exact erf form; the tanh approximation is 7e-4 off.
+        raised = jax.nn.gelu(self.up(hidden), approximate=False)
+        return self.output_norm(hidden + _drop(self.down(raised), dropout, keys[1]))
+
+
+class Encoder(nnx.Module):
+    """XLM-RoBERTa: embeddings, layers, and the pooler that released files carry and M3 never reads."""
+
+    def __init__(self, config: M3Config, rngs: nnx.Rngs):
+        self.embeddings = Embeddings(config, rngs)
+        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_hidden_layers)])
+        if config.pooler:
+            self.pooler = linear(config, config.hidden_size, config.hidden_size, rngs)
+
+    def __call__(
+        self,
+        ids: Int[Array, "b l"],
+        positions: Int[Array, "b l"],
+        segments: Int[Array, "b l"],
+        *,
+        dropout: float = 0.0,
+        key: Key[Array, ""] | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "b l d"]:
+        """Hidden states of every token, float32.
+
+        ids, positions, segments: [b, l]; a token attends to the tokens of its own segment, segment 0 is padding.
+        dropout: probability on hidden states, in training only; needs `key`. remat: keep only each layer's input for the
+        backward pass.
+        """
+        keys = [None] * (len(self.layers) + 1) if key is None else list(jax.random.split(key, len(self.layers) + 1))
+        hidden = _drop(self.embeddings(ids, positions), dropout, keys[0])
+        for layer, layer_key in zip(self.layers, keys[1:], strict=True):
+            graph, state = nnx.split(layer)
+
+            def run(state, hidden, layer_key, graph=graph):
+                return nnx.merge(graph, state)(hidden, segments, dropout, layer_key)
+
+            hidden = (jax.checkpoint(run) if remat else run)(state, hidden, layer_key)
+        return hidden
+
+
+def _drop(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; without a rate or a key, x itself."""
+    if rate == 0.0 or key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)

@@ -1,0 +1,38 @@
+"""Fixtures that more than one test file needs; what only one needs stands in that file."""
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from m3jax.tokenization import Tokenizer
+
+LINES = [
+    "the quick brown fox jumps over a lazy dog and the small cat sees a red house near the old river",
+    "what is the capital of france paris is the capital of france where does the fox live in the forest of stories",
+    "der schnelle braune fuchs springt la ville de paris est belle",
+    "東京 は 日本 の 首都 です Москва столица России",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_json() -> str:
+    """A tokenizer.json shaped as XLM-R's: ids 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, <mask> last; unigram, Metaspace."""
+    inner = tokenizers.Tokenizer(models.Unigram())
+    inner.normalizer = normalizers.NFKC()
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    inner.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    inner.train_from_iterator(LINES, trainer)
+    inner.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return inner.to_str()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_tokenizer_json: str) -> Tokenizer:
+    """The `Tokenizer` of `tiny_tokenizer_json`, about 120 ids."""
+    return Tokenizer.from_json(tiny_tokenizer_json)

@@ -1,0 +1,511 @@
+"""Tests of m3jax/pickles.py: torch is the reference where it is installed, hand-made archives are the hostile files.
+
+Not here: what the names in a state dict mean (tests/test_weights.py).
+"""
+
+import os
+import pickle
+import random
+import struct
+import time
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from m3jax import pickles
+
+NEEDS_TORCH = "the reference for PyTorch's own files is torch; install the extra `test`"
+DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+PERSISTENT_ID = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + PERSISTENT_ID
+TAIL = b"\x89ccollections\nOrderedDict\n)RtR"
+
+
+def sample(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Random bits of every pattern, infinities and NaNs among them; a bool is 0 or 1."""
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    count = int(np.prod(shape)) * kind.itemsize
+    bits = np.random.default_rng(seed).integers(0, 2 if dtype == "bool" else 256, count, np.uint8)
+    return np.frombuffer(bits.tobytes(), kind).reshape(shape)
+
+
+def same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
+
+
+def torch_bits(tensor) -> bytes:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def archive(path: Path, code: bytes, **change: bytes) -> Path:
+    """A state dict's archive around a pickle, with one storage "0" of four float32."""
+    entries = {"a/data.pkl": code, "a/byteorder": b"little", "a/data/0": bytes(16), "a/version": b"3\n"} | change
+    with zipfile.ZipFile(path, "w") as target:
+        for name, content in entries.items():
+            target.writestr(zipfile.ZipInfo(name), content)
+    return path
+
+
+def tensor_code(offset: bytes = b"K\0", shape: bytes = b"K\x04\x85", strides: bytes = b"K\x01\x85") -> bytes:
+    return b"\x80\x02}X\x01\0\0\0w" + TENSOR + offset + shape + strides + TAIL + b"s."
+
+
+def refused(path: Path, *words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        pickles.read(path)
+    message = str(caught.value)
+    assert str(path) in message and "weights_only=True" in message, message
+    assert all(word in message for word in words), message
+
+
+# --- against torch ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reads_what_torch_saves_bit_for_bit(tmp_path: Path, dtype: str) -> None:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    bits = torch.from_numpy(np.array(sample(dtype, (3, 40)).view(np.uint8).reshape(-1)))
+    matrix = bits.view(getattr(torch, dtype)).reshape(3, 40)
+    saved = {
+        "whole": matrix,
+        "transposed": matrix.T,
+        "window": matrix[1:, 3:20:2],
+        "scalar": matrix[1, 1].clone(),
+        "empty": matrix[:0].clone(),
+        "narrow": matrix[:1].T,
+    }
+    torch.save(saved, tmp_path / "x.pt")
+    loaded = pickles.read(tmp_path / "x.pt")
+    assert list(loaded) == list(saved)
+    for name, tensor in saved.items():
+        assert loaded[name].shape == tuple(tensor.shape)
+        assert str(loaded[name].dtype) == dtype
+        assert loaded[name].tobytes() == torch_bits(tensor), name
+    assert np.shares_memory(loaded["whole"], loaded["transposed"])
+    assert np.shares_memory(loaded["whole"], loaded["window"])
+    assert loaded["transposed"].strides == (loaded["whole"].itemsize, 40 * loaded["whole"].itemsize)
+    assert not np.shares_memory(loaded["whole"], loaded["scalar"])
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_loads_what_is_written_bit_for_bit(tmp_path: Path, dtype: str, mmap: bool) -> None:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    whole = sample(dtype, (3, 40))
+    arrays = {
+        "whole": whole,
+        "same": whole,
+        "same again": whole[:],
+        "transposed": whole.T,
+        "backwards": whole[::-1, ::-2],
+        "one backwards": whole[:1, :1][::-1],
+        "broadcast": np.broadcast_to(whole[:1], (2, 40)),
+        "scalar": whole[0, 0, ...],
+        "empty": whole[:0],
+        "ünïcode": whole[1],
+    }
+    path = tmp_path / "x.pt"
+    pickles.write(path, arrays)
+    loaded = torch.load(path, weights_only=True, mmap=mmap)
+    assert type(loaded) is OrderedDict and list(loaded) == list(arrays)
+    for name, array in arrays.items():
+        assert loaded[name].is_contiguous() and tuple(loaded[name].shape) == array.shape
+        assert str(loaded[name].dtype) == f"torch.{dtype}"
+        assert torch_bits(loaded[name]) == array.tobytes(), name
+    assert loaded["whole"].data_ptr() == loaded["same"].data_ptr() == loaded["same again"].data_ptr()
+    assert loaded["whole"].data_ptr() != loaded["broadcast"].data_ptr()
+    assert all(same_bits(array, arrays[name]) for name, array in pickles.read(path).items())
+
+
+def test_reads_modules_with_metadata_parameters_and_tied_weights(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.Linear(3, 2))
+    module[2].weight = module[0].weight
+    for name, saved in ("state", module.state_dict()), ("parameters", module.state_dict(keep_vars=True)):
+        torch.save(saved, tmp_path / name)
+        loaded = pickles.read(tmp_path / name)
+        assert list(loaded) == list(saved)
+        assert all(loaded[key].tobytes() == torch_bits(saved[key].detach()) for key in saved)
+        assert np.shares_memory(loaded["0.weight"], loaded["2.weight"])
+
+
+@pytest.mark.parametrize(
+    "case", ["old format", "whole module", "nested", "number", "sparse", "uint16", "list", "expanded", "tensor"]
+)
+def test_torch_files_that_are_no_plain_state_dict_are_refused(tmp_path: Path, case: str) -> None:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    ones, words = torch.ones(2), []
+    value: object = {"w": ones}
+    match case:
+        case "whole module":
+            value, words = torch.nn.Linear(1, 1), ["torch.nn.modules.linear.Linear"]
+        case "nested":
+            value, words = {"model": {"w": ones}, "w": ones}, ["every value", "'model'", "dict"]
+        case "number":
+            value, words = {"w": ones, "epoch": 3}, ["every value", "'epoch'", "int"]
+        case "sparse":
+            value, words = {"w": torch.eye(2).to_sparse()}, ["_rebuild_sparse_tensor"]
+        case "uint16":
+            value, words = {"w": torch.ones(2, dtype=torch.uint16)}, ["_rebuild_tensor_v3"]
+        case "list":
+            value, words = [ones], ["EMPTY_LIST"]
+        case "expanded":
+            value, words = {"w": torch.ones(1).expand(10**12)}, ["no larger", "1000000000000"]
+        case "tensor":
+            value, words = ones, ["a dict of tensors", "not a tensor"]
+    torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=case != "old format")
+    refused(tmp_path / "x.pt", *(words or ["since 1.6"]))
+
+
+# --- without torch ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_trip_is_bit_identical_and_mapped(tmp_path: Path, dtype: str) -> None:
+    arrays = {"a": sample(dtype, (5, 7)), "b": sample(dtype, ()), "c": sample(dtype, (0, 3)), "d": sample(dtype, (9,))}
+    pickles.write(tmp_path / "x.bin", arrays | {"tied": arrays["a"]})
+    loaded = pickles.read(str(tmp_path / "x.bin"))
+    assert all(same_bits(loaded[name], array) for name, array in arrays.items())
+    assert np.shares_memory(loaded["a"], loaded["tied"])
+    for name in "abd":
+        assert loaded[name].ctypes.data % 64 == 0
+        assert not loaded[name].flags.writeable
+        assert_inside_map(loaded[name])
+
+
+def test_writing_is_deterministic_and_replaces_the_file_that_it_was_read_from(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    pickles.write(path, {"w": sample("float32", (4, 4))})
+    first = path.read_bytes()
+    pickles.write(path, pickles.read(path))
+    assert path.read_bytes() == first
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_half_written_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pt"
+    pickles.write(path, {"w": sample("float32", (2,))})
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        pickles.write(path, {"w": sample("float32", (200,))})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("tensors", [{"w": [1.0]}, {1: np.ones(1)}, {"w": np.ones(1, ">f4")}, {"w": np.ones(1, "c8")}])
+def test_what_cannot_be_written_is_refused(tmp_path: Path, tensors: dict) -> None:
+    with pytest.raises(ValueError, match="convert it"):
+        pickles.write(tmp_path / "x.pt", tensors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_entries_have_a_zip64_header_and_stay_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickles.write(tmp_path / "small.pt", {"w": np.ones(3)})
+    monkeypatch.setattr(pickles, "_ZIP64_BYTES", 0)
+    pickles.write(tmp_path / "large.pt", {"w": np.ones(3)})
+    assert (tmp_path / "large.pt").stat().st_size != (tmp_path / "small.pt").stat().st_size
+    assert b"\1\0\x10\0" in (tmp_path / "large.pt").read_bytes()
+    loaded = pickles.read(tmp_path / "large.pt")["w"]
+    assert loaded.ctypes.data % 64 == 0 and loaded.tolist() == [1, 1, 1]
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    assert torch.load(tmp_path / "large.pt", weights_only=True)["w"].tolist() == [1, 1, 1]
+
+
+def test_the_hand_made_archive_is_read(tmp_path: Path) -> None:
+    loaded = pickles.read(archive(tmp_path / "x.pt", tensor_code()))
+    assert same_bits(loaded["w"], np.zeros(4, np.float32))
+
+
+def test_a_missing_file_is_not_a_bad_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        pickles.read(tmp_path / "none.pt")
+
+
+class Shell:
+    def __reduce__(self) -> tuple:
+        return os.system, ("echo executed >&2",)
+
+
+@pytest.mark.parametrize(
+    "name", ["os\nsystem", "builtins\nexec", "builtins\neval", "builtins\ngetattr", "torch\nload", "collections\nabc",
+             "torch._utils\n_rebuild_parameter_with_state", "m3jax.pickles\nwrite", "numpy\nndarray"]
+)  # fmt: skip
+def test_other_globals_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    code = b"\x80\x02c" + name.encode() + b"\nX\x04\0\0\0true\x85R."
+    refused(archive(tmp_path / "x.pt", code), name.replace("\n", "."))
+
+
+def test_nested_execution_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        refused(archive(tmp_path / "x.pt", pickle.dumps({"w": {"deep": [Shell()]}}, protocol)))
+    state = b"\x80\x02ccollections\nOrderedDict\n)R" + pickle.dumps({"_metadata": Shell()}, 2)[2:-1] + b"b."
+    refused(archive(tmp_path / "x.pt", state), "system")
+    assert "executed" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        (b"", "a state dict has a data.pkl"),
+        (b"\x80\x02", "before seeing STOP"),
+        (b"\x80\x02}", "before seeing STOP"),
+        (b"\x80\x04}.", "PROTO"),
+        (b"\x80\x02.", "empty stack"),
+        (b"\x80\x02R.", "empty stack"),
+        (b"\x80\x02t.", "empty stack"),
+        (b"\x80\x02)b.", "empty stack"),
+        (b"\x80\x02h\x07.", "memo"),
+        (b"\x80\x02}X\x01\0\0\0a" + b")" + b"\x85" * 10**5 + b"s.", "'a' is a tuple"),
+        (b"\x80\x02}" + b")" + b"\x85" * 10**5 + b"Ns.", "unique strings"),  # hash() of it overflows the C stack
+        (
+            b"\x80\x02}q\1" + b")q\0" + b"h\0h\0\x86q\0" * 80 + b"h\1h\0Ns.",
+            "unique strings",
+        ),  # hash() of it takes 2**80 steps
+        (b"\x80\x02}" + b"}X\x01\0\0\0ah\0q\0s" * 10**4 + b".", "memo"),
+        (b"\x80\x02" + b"}q\0X\x01\0\0\0ah\0s.", "'a' is a dict"),  # holds itself
+        (b"\x80\x02Nr\xff\xff\xff\xff.", "not a nonetype"),  # pickle.Unpickler fills 64 GB for this memo
+        (b"\x80\x02}(X\x01\0\0\0au.", "pairs"),
+        (b"\x80\x02}(X\x01\0\0\0aNX\x01\0\0\0aNu.", "unique"),
+        (b"\x80\x02)X\x01\0\0\0aNs.", "into a tuple"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x08\0\0\0__code__Nsb.", "only a dict has a state"),
+        (b"\x80\x02ccollections\nOrderedDict\nN}X\x07\0\0\0__new__Ns\x86b.", "only a dict has a state"),
+        (b"\x80\x02ccollections\nOrderedDict\n.", "not a global"),
+        (b"\x80\x02ccollections\nOrderedDict\n}\x85R.", "OrderedDict(dict)"),
+        (b"\x80\x02ctorch\nFloatStorage\nK\x09\x85R.", "torch.FloatStorage(int)"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", "_rebuild_tensor_v2()"),
+        (b"\x80\x02ctorch._utils\n_rebuild_parameter\n}\x88}\x87R.", "_rebuild_parameter(dict, bool, dict)"),
+        (b"\x80\x02X\x02\0\0\0osX\x02\0\0\0ls\x85R.", "str(str)"),
+        (b"\x80\x02NQ.", "a storage is"),
+        (b"\x80\x02(X\x07\0\0\0storageccollections\nOrderedDict\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ.", "a storage is"),
+        (b"\x80\x02}X\x01\0\0\0w" + PERSISTENT_ID + b"s.", "'w' is a storage"),
+        (b"\x80\x02cos\nsystem\n\x81.", "os.system"),
+        (b"\x80\x02}\x81.", "NEWOBJ"),
+        (
+            b"\x80\x02\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",
+            "expected 9223372036854775807 bytes",
+        ),  # BYTEARRAY8 of 2**63 bytes
+        (b"\x80\x02\x8a\xff\xff.", "not enough data"),
+        (b"\x80\x02\x8b\0\x10\0\0" + b"\x7f" * 4096 + b".", "4300 digits"),  # an integer of 10,000 digits
+        (b"\x80\x02cx\xff\ny\n.", "0xff"),
+        (b"}" * 2**24 + b".", "16777216"),
+    ],
+)
+def test_hostile_pickles_are_refused(tmp_path: Path, code: bytes, word: str) -> None:
+    refused(archive(tmp_path / "x.pt", code), word)
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "word"),
+    [
+        (b"K\x01", b"K\x04\x85", b"K\x01\x85", "within its storage"),
+        (b"K\0", b"K\x05\x85", b"K\x01\x85", "within its storage"),
+        (b"K\0", b"K\x04\x85", b"K\x02\x85", "within its storage"),
+        (b"K\0", b"K\x05\x85", b"K\0\x85", "no larger"),
+        (b"K\0", b"\x8a\x09" + b"\0" * 8 + b"\x01\x85", b"K\0\x85", "no larger"),
+        (b"J\xff\xff\xff\xff", b"K\x02\x85", b"K\x01\x85", "negative"),
+        (b"K\x03", b"K\x02\x85", b"J\xff\xff\xff\xff\x85", "negative"),
+        (b"K\0", b"J\xfe\xff\xff\xffJ\xff\xff\xff\xff\x86", b"K\x01K\x01\x86", "negative"),
+        (b"K\0", b"K\x04\x85", b"K\x01K\x01\x86", "as many strides"),
+        (b"K\0", b"\x88\x85", b"K\x01\x85", "as many strides"),
+        (b"K\0", b"X\x01\0\0\0a\x85", b"K\x01\x85", "as many strides"),
+        (b"K\0", b"(" + b"K\x01" * 65 + b"t", b"(" + b"K\x01" * 65 + b"t", "at most 64"),
+        (b"N", b"K\x04\x85", b"K\x01\x85", "_rebuild_tensor_v2(storage, nonetype"),
+        (b"K\0", b"K\x04", b"K\x01\x85", "_rebuild_tensor_v2(storage, int, int"),
+        (b"K\0", b"K\0\x8a\x08" + b"\xff" * 7 + b"\x7f\x86", b"K\0K\0\x86", None),
+        (b"\x8a\x09" + b"\0" * 8 + b"\x01", b"K\0\x85", b"K\x01\x85", None),
+        (b"K\x03", b"K\x01K\x01\x86", b"\x8a\x09" + b"\0" * 8 + b"\x01K\x07\x86", None),
+    ],
+)
+def test_a_tensor_lies_within_its_storage(
+    tmp_path: Path, offset: bytes, shape: bytes, strides: bytes, word: str | None
+) -> None:
+    path = archive(tmp_path / "x.pt", tensor_code(offset, shape, strides))
+    if word is not None:
+        refused(path, word)
+        return
+    try:  # nothing of it, or one number, is taken from the storage: legal, unless numpy has no such shape
+        assert pickles.read(path)["w"].size <= 1
+    except ValueError as error:
+        assert "array is too big" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"a/data/0": bytes(12)}, "its entry is 12 bytes"),
+        ({"a/data/0": bytes(20)}, "its entry is 20 bytes"),
+        ({"a/byteorder": b"big"}, "little-endian"),
+        ({"a/../../etc/x": b""}, "'..'"),
+        ({"a/data/../0": b""}, "'..'"),
+        ({"/etc/x": b""}, "absolute"),
+        ({"a//data/0": b""}, "absolute"),
+        ({"C:/x": b""}, "absolute"),
+        ({"a/..\\x": b""}, "absolute"),
+        ({"plain": b""}, "folder/name"),
+        ({"b/data.pkl": b""}, "one top folder"),
+    ],
+)
+def test_lies_of_the_archive_are_refused(tmp_path: Path, change: dict[str, bytes], word: str) -> None:
+    refused(archive(tmp_path / "x.pt", tensor_code(), **change), word)
+
+
+def test_missing_entries_are_refused(tmp_path: Path) -> None:
+    code = tensor_code().replace(b"X\x01\0\0\x000", b"X\x01\0\0\x001")
+    refused(archive(tmp_path / "x.pt", code), "'data/1'", "not there")
+    code = tensor_code().replace(b"X\x01\0\0\x000", b"X\x0b\0\0\x00../data.pkl")
+    refused(archive(tmp_path / "x.pt", code), "'data/../data.pkl'", "not there")
+    with zipfile.ZipFile(tmp_path / "y.pt", "w") as target:
+        target.writestr("a/other", b"")
+    refused(tmp_path / "y.pt", "data.pkl")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_duplicate_and_compressed_entries_are_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pt", tensor_code())
+    with zipfile.ZipFile(path, "a") as target:
+        target.writestr("a/data/0", bytes(16))
+    refused(path, "unique names")
+    path = archive(tmp_path / "y.pt", tensor_code())
+    with zipfile.ZipFile(path, "a") as target:
+        target.writestr("a/more", bytes(999), zipfile.ZIP_DEFLATED)
+    refused(path, "not compressed", "method 8")
+
+
+@pytest.mark.parametrize(
+    ("central", "local", "form", "value", "word"),
+    [
+        (8, 6, "<H", 1, "not encrypted"),
+        (10, None, "<H", 8, "not compressed"),
+        (None, 8, "<H", 8, "not compressed"),
+        (20, None, "<I", 15, "not compressed"),
+        (24, None, "<I", 999, "not compressed"),
+        (42, None, "<I", 1, "follow each other"),
+        (42, None, "<I", 2**31, "follow each other"),
+        (None, 0, "<4s", b"PK\1\2", "differ"),
+        (None, 30, "<1s", b"b", "differ"),
+        (None, 28, "<H", 2**16 - 1, "central directory"),
+        ((20, 24), None, "<I", 9999, "central directory"),
+        ((20, 24), None, "<I", 2**32 - 1, "central directory"),  # zip64 sizes are announced and missing
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path: Path, central, local, form: str, value, word: str) -> None:
+    path = archive(tmp_path / "x.pt", tensor_code())
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as source:
+        record = content.index(b"PK\1\2", source.start_dir)
+        header = source.getinfo("a/data/0").header_offset
+    record = content.index(b"a/data/0", record) - 46
+    for at in central if isinstance(central, tuple) else () if central is None else (central,):
+        struct.pack_into(form, content, record + at, value)
+    if local is not None:
+        struct.pack_into(form, content, header + local, value)
+    path.write_bytes(content)
+    refused(path, word)
+
+
+@pytest.mark.parametrize(
+    ("size", "word"), [(2**40, "central directory"), (2**63, "central directory"), (None, "damaged")]
+)
+def test_zip64_sizes_that_lie_are_refused(tmp_path: Path, size: int | None, word: str) -> None:
+    path, entry = tmp_path / "x.pt", zipfile.ZipInfo("a/data.pkl")
+    with zipfile.ZipFile(path, "w") as target:
+        target.writestr(entry, tensor_code())
+        entry.extra = struct.pack("<HHQQ", 1, 16, size, size) if size else struct.pack("<HHQ", 1, 8, 8)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<II", content, content.index(b"PK\1\2") + 20, 2**32 - 1, 2**32 - 1)
+    path.write_bytes(content)
+    refused(path, word)
+
+
+def test_no_prefix_of_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    pickles.write(path, {"w": sample("float32", (2,))})
+    content = path.read_bytes()
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        refused(path)
+
+
+def test_a_boolean_is_no_other_byte(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    pickles.write(path, {"w": np.array([True] * 100)})
+    path.write_bytes(path.read_bytes().replace(b"\1" * 100, b"\1" * 99 + b"\2"))
+    refused(path, "0 or 1")
+
+
+# --- mutations -------------------------------------------------------------------------------------------------------
+
+
+def assert_inside_map(array: np.ndarray) -> None:
+    owner = array.base
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    assert isinstance(owner, memoryview)
+    whole = np.frombuffer(owner.obj, np.uint8)
+    low, high = np.lib.array_utils.byte_bounds(array)
+    assert whole.ctypes.data <= low <= high <= whole.ctypes.data + whole.size
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """One to four changes of bytes, mostly in the pickle, in the headers and at the ends of things."""
+    changed = bytearray(content)
+    pickle_at = content.index(b"\x80\x02")
+    pickle_end = content.index(b"PK", pickle_at)
+    directory = content.rindex(b"PK\1\2", 0, content.rindex(b"PK\5\6"))
+    for _ in range(rng.randint(1, 4)):
+        spans = [(pickle_at, pickle_end), (content.index(b"PK\1\2"), len(content)), (0, len(content)), (0, 64)]
+        low, high = rng.choice([*spans, spans[0], (directory, len(content))])
+        at = min(rng.randrange(low, high), len(changed) - 1)
+        match rng.randrange(7):
+            case 0:
+                changed[at] ^= 1 << rng.randrange(8)
+            case 1:
+                changed[at] = rng.choice(
+                    b"\0\x01\x7f\x80\xff.()}]tRQqhrjbsue\x81\x85\x86\x87\x88\x89\x8a\x8cKJMXNcPIVGi2"
+                )
+            case 2:
+                changed[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\1\0\0\0"])
+            case 3:
+                source = rng.randrange(low, high)
+                size = rng.randint(1, 24)
+                changed[at : at + size] = content[source : source + size]
+            case 4:  # sizes stay as they are, as for a pickle whose length the archive knows
+                size = rng.randint(1, 8)
+                changed[at : at + size] = rng.randbytes(size)
+            case 5:
+                del changed[at : at + rng.randint(1, 3)]
+            case 6:
+                changed[at:at] = rng.randbytes(rng.randint(1, 3))
+    return bytes(changed)
+
+
+def test_mutated_files_are_refused_or_stay_inside_the_file(tmp_path: Path) -> None:
+    """M3JAX_FUZZ_SECONDS runs it longer, with new mutations each time; the failing file's seed is in the assertion."""
+    seconds = float(os.environ.get("M3JAX_FUZZ_SECONDS", "0"))
+    tied, path = sample("float32", (3, 4)), tmp_path / "x.pt"
+    pickles.write(path, {"a": tied, "b": sample("bfloat16", (2,)), "tied": tied, "c": sample("bool", ())})
+    seeds = [path.read_bytes()]
+    seeds.append(archive(path, tensor_code(shape=b"K\x02K\x02\x86", strides=b"K\x01K\x02\x86")).read_bytes())
+    first = int(time.time()) * 10**6 if seconds else 0
+    refusals, seed, end = 0, first, time.monotonic() + seconds
+    while seed < first + 600 or time.monotonic() < end:
+        rng = random.Random(seed)
+        path.write_bytes(mutated(rng.choice(seeds), rng))
+        try:
+            loaded = pickles.read(path)
+        except ValueError:
+            refusals += 1
+        except BaseException as error:
+            raise AssertionError(f"seed {seed} raises {error!r}") from error
+        else:
+            for array in loaded.values():
+                assert isinstance(array, np.ndarray), seed
+                if array.size:
+                    assert_inside_map(array)
+        seed += 1
+    assert 0 < refusals < seed - first

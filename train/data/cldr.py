@@ -1,0 +1,250 @@
+"""The quickstart's embedded data: names and facts of Unicode CLDR, which Babel carries, as training rows and evaluation sets.
+
+Files are written in the layouts that real data has; reading, checking and tokenising them is left to the builders.
+"""
+
+import json
+import random
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from babel import Locale
+from babel.core import get_global
+from babel.lists import format_list
+from babel.numbers import format_percent, get_currency_name
+from babel.units import format_unit
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+# Locales that name nearly everything themselves, most of them with a relative in the same script: a name that was never
+# seen can only be understood through related names. Swahili is the worked example of the quickstart.
+LANGUAGES = (
+    *("sw", "zu", "so", "fr", "es", "pt", "it", "ro", "ca", "de", "nl", "sv", "nb", "is", "fi", "et", "lv", "lt"),
+    *("pl", "cs", "sk", "hr", "hu", "sq", "tr", "az", "id", "vi", "en"),
+    *("ru", "uk", "be", "bg", "sr", "mk", "kk", "ky", "mn", "ar", "fa", "ur", "hi", "mr", "ne", "bn", "as"),
+    *("gu", "te", "kn", "ta", "ml", "si", "th", "lo", "my", "km", "ja", "zh", "yue", "ko", "el", "he", "ka", "hy", "am"),
+)
+PASSAGE_LANGUAGES = 3  # passages of one entry in the corpus: about 2,100 entries make more than 6,000 candidates
+QUERIES = {"dev": 1000, "test": 2000, "test-unseen": 1000}
+UNSEEN_ENTRIES = 0.1
+VOCABULARY = 16000
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+class Entry(NamedTuple):
+    """A thing that CLDR names: `kind` says in which of its lists, `code` under which key."""
+
+    kind: str
+    code: str
+
+
+class Fact(NamedTuple):
+    """Something that an entry is listed with: another entry and, where CLDR measured it, the share of speakers (0 to 1)."""
+
+    entry: Entry
+    share: float | None = None
+
+
+def normalise(text: str) -> str:
+    """Return `text` as strings are compared here: NFKC, casefolded, white space collapsed.
+
+    >>> normalise("  Côte\\u00a0d’Ivoire ")
+    'côte d’ivoire'
+    """
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
+
+
+def entry_names(locale: Locale) -> dict[Entry, list[str]]:
+    """Return the names that `locale` itself has for each entry, the usual one first, in NFKC (what XLM-R's tokenizer reads)."""
+    names: dict[Entry, list[str]] = {}
+
+    def add(kind: str, code: str, *candidates: str | None) -> None:
+        found = [" ".join(unicodedata.normalize("NFKC", name).split()) for name in candidates if name]
+        found = [name for name in dict.fromkeys(found) if name != code and any(map(str.isalpha, name))]
+        if found:
+            names[Entry(kind, code)] = found
+
+    for code, name in locale.territories.items():
+        add("territory", code, name)
+    for code, name in locale.languages.items():
+        add("language", code, name)
+    for code, name in locale.scripts.items():
+        add("script", code, name)
+    for code, name in locale.currencies.items():
+        add("currency", code, name, get_currency_name(code, count=7, locale=locale))
+    for code, widths in locale.unit_display_names.items():
+        if "long" in widths:
+            add("unit", code, widths["long"], *(format_unit(n, code, "long", locale=locale) for n in (1, 7)))
+    for code, zone in locale.time_zones.items():
+        if code.partition("/")[0] != "Etc":
+            add("city", code, zone.get("city"))
+    for code, zone in locale.meta_zones.items():
+        add("zone", code, *(zone.get("long", {}).get(key) for key in ("generic", "standard", "daylight")))
+    return names
+
+
+def entry_facts() -> dict[Entry, list[Fact]]:
+    """Return what CLDR knows of each entry, the same in all languages, most important first (at most four facts each).
+
+    Territories: their widest spoken official languages and the currencies in use. Languages: script and where they are official,
+    else where they are most at home. Currencies and time zones: where they are used. Scripts: who writes with them.
+    """
+    facts: dict[Entry, list[Fact]] = defaultdict(list)
+    home: dict[Entry, list[tuple[float, str]]] = defaultdict(list)
+    for territory, currencies in get_global("territory_currencies").items():
+        for code, _, end, tender in currencies:
+            if end is None and tender:
+                facts[Entry("territory", territory)].append(Fact(Entry("currency", code)))
+                facts[Entry("currency", code)].append(Fact(Entry("territory", territory)))
+    for territory, spoken in get_global("territory_languages").items():
+        official = []
+        for code, info in spoken.items():
+            share = info["population_percent"] / 100
+            if info["official_status"] in ("official", "de_facto_official"):
+                official.append(Fact(Entry("language", code), share))
+                home[Entry("language", code)].append((-share, territory))
+        facts[Entry("territory", territory)][:0] = sorted(official, key=lambda fact: (-(fact.share or 0), fact.entry))[:3]
+    for code, likely in get_global("likely_subtags").items():
+        language, script, territory = (*likely.split("_"), "", "")[:3]
+        if code == f"und_{script}":
+            facts[Entry("script", script)] += [Fact(Entry("language", language)), Fact(Entry("territory", territory))]
+        elif code == language:
+            places = [place for _, place in sorted(home[Entry("language", code)])[:3]] or [territory]
+            facts[Entry("language", code)].append(Fact(Entry("script", script)))
+            facts[Entry("language", code)] += [Fact(Entry("territory", place)) for place in places]
+    for zone, territory in get_global("zone_territories").items():
+        metazone = get_global("meta_zones").get(zone)
+        facts[Entry("city", zone)].append(Fact(Entry("territory", territory)))
+        if metazone:
+            facts[Entry("city", zone)].append(Fact(Entry("zone", metazone)))
+            facts[Entry("zone", metazone)].append(Fact(Entry("territory", territory)))
+    return {entry: list(dict.fromkeys(found))[:4] for entry, found in facts.items()}
+
+
+def passage(entry: Entry, facts: Sequence[Fact], names: Mapping[Entry, Sequence[str]], locale: Locale) -> str | None:
+    """Return what is known of `entry` in one language, or None where that language has no name or no fact for it."""
+    if entry not in names:
+        return None
+    name, *others = names[entry]
+    listed = list(others)
+    for fact in facts:
+        if fact.entry in names:
+            share = "" if fact.share is None else f" ({format_percent(fact.share, locale=locale)})"
+            listed.append(names[fact.entry][0] + share)
+    return f"{name}: {format_list(listed, locale=locale)}" if listed else None
+
+
+def write_demo(directory: Path, *, seed: int) -> None:
+    """Write train.jsonl, tokenizer.json and the evaluation folders dev, test and test-unseen into `directory`.
+
+    A query is a name, or the list of facts, of one entry; relevant are all passages of that entry, all in other languages
+    than the query. A string that names several entries is no query at all. No training text contains the string of an
+    evaluation query, nor does one of its relevant passages (strings as in `normalise`); the entries of test-unseen have no row in
+    training. The three folders share one corpus. The same seed gives the same files.
+    """
+    rng = random.Random(seed)
+    locales = {code: Locale.parse(code) for code in LANGUAGES}
+    names = {code: entry_names(locale) for code, locale in locales.items()}
+    facts = entry_facts()
+
+    passages: dict[Entry, dict[str, str]] = {}
+    for entry in sorted({entry for known in names.values() for entry in known}):
+        written: dict[str, str] = {}
+        for code in rng.sample(LANGUAGES, len(LANGUAGES)):
+            text = passage(entry, facts.get(entry, ()), names[code], locales[code])
+            if text and len(written) < PASSAGE_LANGUAGES:
+                written[code] = unicodedata.normalize("NFKC", text)
+        if len(written) == PASSAGE_LANGUAGES:
+            passages[entry] = written
+
+    meanings: dict[str, set[Entry]] = defaultdict(set)
+    for known in names.values():
+        for entry, found in known.items():
+            for name in found:
+                meanings[normalise(name)].add(entry)
+    told: dict[tuple[Fact, ...], list[Entry]] = defaultdict(list)
+    for entry in passages:
+        told[tuple(facts.get(entry, ()))].append(entry)
+    queries: dict[str, tuple[Entry, str, str]] = {}  # normalised string → entry, language, string
+    for entry, written in passages.items():
+        for code in LANGUAGES:
+            if code in written:
+                continue
+            texts = list(names[code].get(entry, ()))
+            listed = [names[code].get(fact.entry) for fact in facts.get(entry, ())]
+            if len(listed) > 1 and all(listed) and len(told[tuple(facts[entry])]) == 1:
+                texts.append(format_list([found[0] for found in listed if found], locale=locales[code]))
+            for text in texts:
+                if len(meanings[normalise(text)] | {entry}) == 1:
+                    queries.setdefault(normalise(text), (entry, code, text))
+
+    entries = sorted(passages)
+    unseen = set(rng.sample(entries, round(UNSEEN_ENTRIES * len(entries))))
+    seen_keys = [key for key, (entry, _, _) in queries.items() if entry not in unseen]
+    unseen_keys = [key for key, (entry, _, _) in queries.items() if entry in unseen]
+    rng.shuffle(seen_keys)
+    rng.shuffle(unseen_keys)
+    held = 4 * (QUERIES["dev"] + QUERIES["test"])
+    rows = [queries[key] for key in seen_keys[held:]]
+    rng.shuffle(rows)
+    texts = [text for _, _, text in rows] + [text for entry in entries if entry not in unseen for text in passages[entry].values()]
+    training = "\n".join(map(normalise, texts))
+    clean = [key for key in seen_keys[:held] if key not in training]
+    fresh = [
+        key
+        for key in unseen_keys
+        if key not in training and not any(key in normalise(text) for text in passages[queries[key][0]].values())
+    ]
+    print("pool", len(queries), "rows", len(rows), "clean", len(clean), "of", held, "fresh", len(fresh), "of", len(unseen_keys), "entries", len(entries))
+
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / "train.jsonl", ({"query": t, "pos": list(passages[e].values()), "neg": []} for e, _, t in rows))
+    train_tokenizer(texts).save(str(directory / "tokenizer.json"))
+    chosen = {
+        "dev": clean[: QUERIES["dev"]],
+        "test": clean[QUERIES["dev"] :][: QUERIES["test"]],
+        "test-unseen": fresh[: QUERIES["test-unseen"]],
+    }
+    for name, keys in chosen.items():
+        folder = directory / name
+        folder.mkdir(exist_ok=True)
+        _write(
+            folder / "corpus.jsonl",
+            ({"id": f"{e.kind}.{e.code}.{c}", "title": "", "text": t} for e in entries for c, t in passages[e].items()),
+        )
+        asked = [(f"{e.kind}.{e.code}.{c}.{i}", e, t) for i, (e, c, t) in enumerate(queries[key] for key in keys)]
+        _write(folder / "test_queries.jsonl", ({"id": qid, "text": text} for qid, _, text in asked))
+        _write(
+            folder / "test_qrels.jsonl",
+            ({"qid": q, "docid": f"{e.kind}.{e.code}.{c}", "relevance": 1} for q, e, _ in asked for c in passages[e]),
+        )
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """Return a Unigram tokenizer of XLM-R's layout trained on `texts`: ids 0 to 3 special, `<mask>` last.
+
+    Every part is the one that transformers' XLMRobertaTokenizer builds itself, which of a tokenizer.json takes the vocabulary only.
+    """
+    spaces = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    learner = Tokenizer(models.Unigram())
+    learner.pre_tokenizer = spaces  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY - 1, special_tokens=list(SPECIAL), unk_token="<unk>", show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    pieces = json.loads(learner.to_str())["model"]["vocab"]
+    tokenizer = Tokenizer(models.Unigram([tuple(piece) for piece in pieces] + [("<mask>", 0.0)], 3, False))
+    tokenizer.pre_tokenizer = spaces  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens([*SPECIAL, "<mask>"])
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def _write(path: Path, rows: Iterable[object]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
