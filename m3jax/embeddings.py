@@ -28,7 +28,7 @@ class Embeddings:
       single: whether one str was encoded, and not a list of them.
 
     Raises:
-      ValueError: where nothing is given, the parts differ in their number of texts, or a part has a wrong shape or type.
+      ValueError: where nothing is given, the parts differ in number of texts, or a part has a wrong shape or type.
 
     >>> vectors = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
     >>> weights = csr_matrix(np.array([[0, 0.5, 0], [0.25, 0, 1]], np.float32))
@@ -55,7 +55,7 @@ class Embeddings:
             lengths["dense"] = self.dense.shape[0]
         if self.terms is not None:
             _check_terms(self.terms)
-            lengths["terms"] = np.shape(self.terms)[0]
+            lengths["terms"] = _shape(self.terms)[0]
         if self.colbert is not None:
             _check_colbert(self.colbert)
             lengths["colbert"] = len(self.colbert)
@@ -71,13 +71,13 @@ class Embeddings:
         if self.dense is not None:
             return self.dense.shape[0]
         if self.terms is not None:
-            return np.shape(self.terms)[0]
+            return _shape(self.terms)[0]
         assert self.colbert is not None
         return len(self.colbert)
 
     def __getitem__(self, index: Any) -> "Embeddings":
-        """The texts that a slice, an integer, an array of integers or a boolean mask picks, as in NumPy, copied except the
-        colbert arrays, which are shared; one integer gives a single text. IndexError past the end."""
+        """The texts that a slice, an integer, an array of integers or a boolean mask picks, as in NumPy. They are
+        copied, but for the colbert arrays, which are shared; one integer gives a single text. IndexError past the end."""
         rows = np.arange(len(self))[index]
         single = rows.ndim == 0
         rows = np.atleast_1d(rows)
@@ -93,7 +93,7 @@ class Embeddings:
         if self.dense is not None:
             parts.append(f"dense {self.dense.shape[1]}")
         if self.terms is not None:
-            parts.append(f"sparse {np.shape(self.terms)[1]}")
+            parts.append(f"sparse {_shape(self.terms)[1]}")
         if self.colbert is not None:
             parts.append(f"colbert {self.colbert[0].shape[1]}" if len(self) else "colbert")
         return f"Embeddings({len(self)} text{'' if len(self) == 1 else 's'}: {', '.join(parts)})"
@@ -105,7 +105,7 @@ class Embeddings:
 
     @property
     def sparse(self) -> csr_matrix | None:
-        """The lexical weights as float32 CSR [n, vocabulary], [1, vocabulary] for a single text; None if not asked for."""
+        """The lexical weights, float32 CSR [n, vocabulary], [1, vocabulary] for a single text; None if not asked for."""
         return self.terms
 
     @property
@@ -128,6 +128,11 @@ class Embeddings:
             for start, end in pairwise(np.asarray(self.terms.indptr))
         ]
         return rows[0] if self.single else rows
+
+
+def _shape(terms: csr_matrix) -> tuple[int, int]:
+    # scipy has no types of its own, and what a checker infers of `shape` is wrong.
+    return tuple(terms.shape)  # pyright: ignore
 
 
 def _check_terms(terms: csr_matrix) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 PARTS = ("dense", "sparse", "colbert")
 
@@ -16,22 +16,23 @@ LOSS_WEIGHTS = (1.0, 0.1, 1.0)
 
 
 def candidates(
-    positives: Int[Array, "b"], identity: Int[Array, "p 2"] | None, passages: int
+    positives: Int[Array, "b"], identity: UInt32[Array, "p 2"], known: UInt32[Array, "b m 2"]
 ) -> Bool[Array, "b p"]:
-    """Which passages a row's softmax ranges over: all, but those with the same text as its positive in another place.
+    """Which passages a row's softmax ranges over: its positive, and all others that are not known to answer it too.
 
-    positives: column of each row's positive. identity: a 64-bit hash of each passage's text in two words, or None where
-    texts are not known; two rows that share a positive would otherwise push it away from each other's query.
+    positives: column of each row's positive. identity: a 64-bit hash of each passage's text, in two words. known: the
+    same of all positives of each row, a row with fewer than m filled up with one of them. Two rows that share a positive
+    would otherwise push it away from each other's query.
 
-    >>> candidates(jnp.array([0, 1]), jnp.array([[7, 7], [7, 7], [8, 8]], jnp.uint32), 3)
+    >>> one, two, other = [1, 1], [2, 2], [8, 8]
+    >>> identity = jnp.array([one, two, other], jnp.uint32)
+    >>> candidates(jnp.array([0, 1]), identity, jnp.array([[one, two], [two, two]], jnp.uint32))
     Array([[ True, False,  True],
-           [False,  True,  True]], dtype=bool)
+           [ True,  True,  True]], dtype=bool)
     """
-    own = jnp.arange(passages) == positives[:, None]
-    if identity is None:
-        return jnp.ones_like(own)
-    same = (identity[positives][:, None] == identity[None]).all(axis=-1)
-    return own | ~same
+    own = jnp.arange(len(identity)) == positives[:, None]
+    answers = (known[:, :, None] == identity).all(axis=-1).any(axis=1)
+    return own | ~answers
 
 
 def info_nce(

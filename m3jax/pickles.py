@@ -3,11 +3,11 @@
 No name of a model stands here, no tensor is copied or converted, and the format before PyTorch 1.6 is not read.
 """
 
+import io
 import math
 import mmap
 import os
 import pickle
-import pickletools
 import secrets
 import struct
 import zipfile
@@ -24,10 +24,13 @@ _TYPES |= {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1",
 _STORAGES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _TYPES.items()}
 _DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 _PARAMETER = "torch._utils _rebuild_parameter"
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_LITERALS = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1"}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MAX_PICKLE_BYTES = 2**24  # 150,000 tensors of 100 bytes each; bounds the time that a hostile file can take
+_CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False, pickle.EMPTY_TUPLE: ()}
+_TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
+# the number that follows an opcode; of BINUNICODE and LONG1 it is the length of what follows then
+_NUMBERS = {pickle.PROTO: "<B", pickle.BININT1: "<B", pickle.BININT2: "<H", pickle.BININT: "<i", pickle.LONG1: "<B"}
+_NUMBERS |= {pickle.BINPUT: "<B", pickle.BINGET: "<B", pickle.LONG_BINPUT: "<I", pickle.LONG_BINGET: "<I"}
+_NUMBERS |= {pickle.BINUNICODE: "<I"}
+_MAX_PICKLE_BYTES = 2**22  # 40,000 tensors of 100 bytes each; the worst that was found takes 12 s and 0.4 GB
 _ZIP64_BYTES = 2**30  # below zipfile's own limit, so that the choice, which moves the data by 20 bytes, is ours alone
 _MAX_DIMENSIONS = 64  # numpy's own limit
 _ALIGNMENT = 64  # torch's default: torch.utils.serialization.config.save.storage_alignment
@@ -192,58 +195,72 @@ def _unpickle(records: Mapping[str, memoryview]) -> object:
     Not `pickle.Unpickler`: with no class at all to find, a deep tuple as a dict key still overflows its C stack and
     one LONG_BINPUT makes it fill 64 GB. Here keys are str, the memo is a dict, and nothing recurses.
     """
+    code = io.BytesIO(records["data.pkl"])
     stack: list[object] = []
     marks: list[list[object]] = []
-    memo: dict[object, object] = {}
+    memo: dict[int, object] = {}
+
+    def take(size: int) -> bytes:
+        if len(taken := code.read(size)) < size:
+            raise EOFError
+        return taken
+
     try:
-        for opcode, arg, _ in pickletools.genops(bytes(records["data.pkl"])):
-            match opcode.name:
-                case "PROTO" if arg == 2:
+        while (opcode := take(1)) != pickle.STOP:
+            form = _NUMBERS.get(opcode, "")
+            (number,) = struct.unpack(form, take(struct.calcsize(form))) if form else (0,)
+            match opcode:
+                case pickle.PROTO if number == 2:
                     pass
-                case "MARK":
+                case pickle.MARK:
                     marks.append(stack)
                     stack = []
-                case "EMPTY_DICT":
+                case pickle.EMPTY_DICT:
                     stack.append({})
-                case name if name in _CONSTANTS:
-                    stack.append(_CONSTANTS[name])
-                case name if name in _LITERALS:
-                    stack.append(arg)
-                case name if name in _TUPLES:
-                    stack.append(tuple([stack.pop() for _ in range(_TUPLES[name])][::-1]))
-                case "TUPLE":
+                case pickle.BININT | pickle.BININT1 | pickle.BININT2:
+                    stack.append(number)
+                case pickle.LONG1:
+                    stack.append(int.from_bytes(take(number), "little", signed=True))
+                case pickle.BINUNICODE:
+                    stack.append(take(number).decode())
+                case _ if opcode in _CONSTANTS:
+                    stack.append(_CONSTANTS[opcode])
+                case _ if opcode in _TUPLES:
+                    stack.append(tuple([stack.pop() for _ in range(_TUPLES[opcode])][::-1]))
+                case pickle.TUPLE:
                     items, stack = stack, marks.pop()
                     stack.append(tuple(items))
-                case "BINPUT" | "LONG_BINPUT":
-                    memo[arg] = stack[-1]
-                case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[arg])
-                case "GLOBAL":
-                    if arg not in (_DICT, _TENSOR, _PARAMETER, *_STORAGES):
-                        came = _short(str(arg).replace(" ", "."))
+                case pickle.BINPUT | pickle.LONG_BINPUT:
+                    memo[number] = stack[-1]
+                case pickle.BINGET | pickle.LONG_BINGET:
+                    stack.append(memo[number])
+                case pickle.GLOBAL:
+                    name = (code.readline() + code.readline()).decode().removesuffix("\n").replace("\n", " ")
+                    if name not in (_DICT, _TENSOR, _PARAMETER, *_STORAGES):
+                        came = _short(name.replace(" ", "."))
                         raise ValueError(f"the pickle may name only OrderedDict and torch's dense tensors, not {came}")
-                    stack.append(_Global(str(arg)))
-                case "BINPERSID":
+                    stack.append(_Global(name))
+                case pickle.BINPERSID:
                     stack.append(_storage(stack.pop(), records))
-                case "REDUCE":
+                case pickle.REDUCE:
                     args, function = stack.pop(), stack.pop()
                     stack.append(_reduce(function, args))
-                case "SETITEM":
+                case pickle.SETITEM:
                     items = [stack.pop(-2), stack.pop()]
                     _set_items(stack[-1], items)
-                case "SETITEMS":
+                case pickle.SETITEMS:
                     items, stack = stack, marks.pop()
                     _set_items(stack[-1], items)
-                case "BUILD":  # the `_metadata` of nn.Module.state_dict(): versions of the modules, no tensors
+                case pickle.BUILD:  # the `_metadata` of nn.Module.state_dict(): versions of the modules, no tensors
                     state = stack.pop()
                     if type(state) is not dict or type(stack[-1]) is not dict:
                         raise ValueError(f"only a dict has a state, a dict; not a {_kind(stack[-1])} a {_kind(state)}")
-                case "STOP":
-                    return stack.pop()
-                case name:
-                    raise ValueError(f"a state dict in pickle protocol 2 has no opcode {name} ({_short(arg)})")
-    except (IndexError, KeyError) as error:
-        raise ValueError("data.pkl is whole; this one takes from an empty stack, mark or memo") from error
+                case _:
+                    raise ValueError(f"a state dict in pickle protocol 2 has no opcode {opcode} at byte {code.tell()}")
+        return stack.pop()
+    except (EOFError, IndexError, KeyError) as error:
+        missing = {EOFError: "code", IndexError: "stack or mark", KeyError: "memo"}[type(error)]
+        raise ValueError(f"data.pkl is whole; this one lacks {missing} at byte {code.tell()}") from error
 
 
 def _set_items(target: object, items: list[object]) -> None:

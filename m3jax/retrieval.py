@@ -3,8 +3,12 @@
 Scores of token representations inside a loss, with gradients, are m3jax.scores'; making Embeddings is m3jax.embedder's.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import jax
@@ -12,21 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 from scipy.sparse import csr_matrix
+from threadpoolctl import threadpool_limits
 
 from m3jax.embeddings import Embeddings
 
-Function = Literal["dense", "sparse", "dense+sparse", "colbert", "all"]
+Function = Literal["dense", "sparse", "colbert", "dense+sparse", "all"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 
 # A block of scores is at most QUERY_BLOCK x PASSAGE_BLOCK float32 = 32 MB.
 QUERY_BLOCK = 1024
 PASSAGE_BLOCK = 8192
-# A block of token products is at most PASSAGE_TOKENS x QUERY_TOKENS float32 = 64 MB. 2,000 queries x 200 passages of 40
-# vectors of 256 take 3.2 s on two cores with 32k query tokens, 3.1 s with 64k, 4.0 s with 8k. What is gathered are the
-# queries of each passage, because they have fewer vectors: gathering the passages of each query took 7.4 s, and the same
-# in padded blocks under jit 17 s.
+# A block of token products is at most PASSAGE_TOKENS x QUERY_TOKENS float32 = 64 MB a thread. Of 8k to 64k query tokens,
+# 32k are the fewest that are as quick as any (8k: +20%).
 QUERY_TOKENS = 32768
 PASSAGE_TOKENS = 512
+# Passages that a thread takes at a time, so that handing them over costs little.
+ITEMS_AT_ONCE = 32
 # Pairs whose rows are gathered at once: 32 MB of dense vectors of 1024, 100 MB of passages with 2,000 terms.
 PAIR_BLOCK = 4096
 
@@ -260,10 +265,11 @@ def _bucket(length: int) -> int:
 
 
 def _dense_blocks(queries: Float32[np.ndarray, "q d"], passages: Float32[np.ndarray, "p d"]) -> Iterator[Block]:
-    query_blocks = [(row, jnp.asarray(_padded(queries[row : row + QUERY_BLOCK]))) for row in _starts(queries, QUERY_BLOCK)]
+    rows = _starts(queries, QUERY_BLOCK)
+    query_blocks = [jnp.asarray(_padded(queries[row : row + QUERY_BLOCK])) for row in rows]
     for column in _starts(passages, PASSAGE_BLOCK):
         passage_block = jnp.asarray(_padded(passages[column : column + PASSAGE_BLOCK]))
-        for row, query_block in query_blocks:
+        for row, query_block in zip(rows, query_blocks, strict=True):
             yield row, column, _inner_products(query_block, passage_block)
 
 
@@ -288,7 +294,7 @@ def _colbert_blocks(
 ) -> Iterator[Block]:
     for row, lengths, tokens in _query_tokens(queries):
         for column in _starts(passages, PASSAGE_BLOCK):
-            block = [_max_sim(tokens, lengths, passage) for passage in passages[column : column + PASSAGE_BLOCK]]
+            block = _in_threads(partial(_max_sim, tokens, lengths), passages[column : column + PASSAGE_BLOCK])
             yield row, column, np.stack(block, axis=1)
 
 
@@ -348,18 +354,44 @@ def _colbert_pairs(
     rows: np.ndarray,
     columns: np.ndarray,
 ) -> Float32[np.ndarray, " n"]:
-    """Scores of the pairs (rows[n], columns[n]); rows must ascend."""
     scores = np.empty(len(rows), np.float32)
     for first, lengths, tokens in _query_tokens(queries):
-        begin, end = np.searchsorted(rows, [first, first + len(lengths)])
-        by_passage = begin + np.argsort(columns[begin:end], kind="stable")
-        starts = np.cumsum(lengths) - lengths
-        for pairs in np.split(by_passage, np.flatnonzero(np.diff(columns[by_passage])) + 1) if end > begin else ():
-            some = rows[pairs] - first
-            ends = np.cumsum(lengths[some])
-            where = np.arange(ends[-1]) + np.repeat(starts[some] - ends + lengths[some], lengths[some])
-            scores[pairs] = _max_sim(tokens[where], lengths[some], passages[int(columns[pairs[0]])])
+        block = slice(*np.searchsorted(rows, [first, first + len(lengths)]))
+        scores[block] = _token_pairs(tokens, lengths, passages, rows[block] - first, columns[block])
     return scores
+
+
+def _token_pairs(
+    tokens: Float32[np.ndarray, "t c"],
+    lengths: Int[np.ndarray, " q"],
+    passages: Sequence[Float32[np.ndarray, "j c"]],
+    rows: np.ndarray,
+    columns: np.ndarray,
+) -> Float32[np.ndarray, " n"]:
+    # The queries of each passage are gathered, not the passages of each query, because a query has fewer vectors: 2,000
+    # queries x 200 passages of 40 vectors of 256 take 3.2 s on two cores, the other way 7.4 s, under jit 6 to 17 s.
+    scores = np.empty(len(rows), np.float32)
+    starts = np.cumsum(lengths) - lengths
+    by_passage = np.argsort(columns, kind="stable")
+
+    def fill(pairs: np.ndarray) -> None:
+        some = rows[pairs]
+        ends = np.cumsum(lengths[some])
+        where = np.arange(ends[-1]) + np.repeat(starts[some] - ends + lengths[some], lengths[some])
+        scores[pairs] = _max_sim(tokens[where], lengths[some], passages[int(columns[pairs[0]])])
+
+    groups = np.split(by_passage, np.flatnonzero(np.diff(columns[by_passage])) + 1)
+    _in_threads(fill, groups if len(rows) else [])
+    return scores
+
+
+def _in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """[function(item) for item in items], with one thread a core."""
+    # BLAS is kept to one thread in each, because its own threads wait for one another at every small product, which took
+    # 23 to 34 s of processor time instead of 3 s where other programs ran beside.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [items[start : start + ITEMS_AT_ONCE] for start in range(0, len(items), ITEMS_AT_ONCE)]
+        return list(chain.from_iterable(pool.map(lambda run: [function(item) for item in run], runs)))
 
 
 # Scores of the pairs (rows[n], columns[n]) of queries and passages, rows ascending.

@@ -4,8 +4,6 @@ Not here: losses (losses.py), and scores of encoded corpora (retrieval.py). No a
 axes of all pairs: passages go through in blocks, which the backward pass computes again.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -62,11 +60,15 @@ def sparse_scores(
     """
     query_ids, query_weights = term_weights(query_ids, query_weights)
 
-    def block(ids, weights):
+    # checkpoint: the backward pass compares the ids again instead of keeping every block's matches.
+    @jax.checkpoint
+    def block(passages):
+        ids, weights = passages
         same = query_ids[:, :, None, None] == ids
-        return jnp.einsum("qi,qipj,pj->qp", query_weights, same.astype(weights.dtype), weights)
+        return jnp.einsum("qi,qipj,pj->pq", query_weights, same.astype(weights.dtype), weights)
 
-    return _by_passage_blocks(block, query_ids.size, term_weights(passage_ids, passage_weights))
+    blocks = _blocks(term_weights(passage_ids, passage_weights), query_ids.size * passage_ids.shape[1])
+    return _joined(jax.lax.map(block, blocks), len(passage_ids)).T
 
 
 def colbert_scores(
@@ -80,15 +82,58 @@ def colbert_scores(
     Masked tokens take no part at all (the peer leaves zeros in their place, which floors the max at 0). A text without
     a single token scores 0 against everything.
     """
-    tokens = jnp.maximum(query_mask.sum(axis=1), 1)
+    return _colbert(queries, query_mask, passages, passage_mask)
 
-    def block(vectors, mask):
-        similar = jnp.einsum("qic,pjc->qipj", queries, vectors, preferred_element_type=jnp.float32)
-        best = jnp.where(mask, similar, -jnp.inf).max(axis=3)
-        counts = query_mask[:, :, None] & mask.any(axis=1)
-        return jnp.where(counts, best, 0.0).sum(axis=1) / tokens[:, None]
 
-    return _by_passage_blocks(block, query_mask.size, (passages, passage_mask))
+@jax.custom_vjp
+def _colbert(queries: Array, query_mask: Array, passages: Array, passage_mask: Array) -> Array:
+    return _colbert_forward(queries, query_mask, passages, passage_mask)[0]
+
+
+def _colbert_forward(queries, query_mask, passages, passage_mask):
+    """Scores, and for the backward pass which token of each passage was nearest: [p, q, i] instead of [q, i, p, j]."""
+    share = _shares(query_mask)
+
+    def block(one):
+        vectors, mask = one
+        similar = jnp.einsum("qic,pjc->pqij", queries, vectors, preferred_element_type=jnp.float32)
+        similar = jnp.where(mask[:, None, None], similar, -jnp.inf)
+        nearest = similar.argmax(axis=3)
+        best = jnp.take_along_axis(similar, nearest[..., None], axis=3)[..., 0]
+        # A passage without a token has no nearest one.
+        return jnp.einsum("qi,pqi->pq", share, jnp.where(mask.any(axis=1)[:, None, None], best, 0.0)), nearest
+
+    blocks = _blocks((passages, passage_mask), query_mask.size * passages.shape[1])
+    scores, nearest = (_joined(x, len(passages)) for x in jax.lax.map(block, blocks))
+    return scores.T, (queries, query_mask, passages, passage_mask, nearest)
+
+
+def _colbert_backward(kept, gradient):
+    """The gradient flows through the nearest tokens only. Against autodiff of the forward pass, which does it all again,
+    this takes half the time (128 queries of 16 tokens × 128 passages of 48, width 256, two CPU cores)."""
+    queries, query_mask, passages, passage_mask, nearest = kept
+    share = _shares(query_mask)
+    length = passages.shape[1]
+
+    def block(to_queries, one):
+        vectors, mask, near, given = one
+        given = jnp.where(mask.any(axis=1)[:, None], given, 0.0)[:, :, None] * share
+        chosen = jnp.where(near[..., None] == jnp.arange(length), given[..., None], 0.0)
+        to_passages = jnp.einsum("pqij,qic->pjc", chosen, queries, preferred_element_type=jnp.float32)
+        to_queries += jnp.einsum("pqij,pjc->qic", chosen, vectors, preferred_element_type=jnp.float32)
+        return to_queries, to_passages.astype(vectors.dtype)
+
+    blocks = _blocks((passages, passage_mask, nearest, gradient.T), query_mask.size * length)
+    to_queries, to_passages = jax.lax.scan(block, jnp.zeros(queries.shape, jnp.float32), blocks)
+    return to_queries.astype(queries.dtype), None, _joined(to_passages, len(passages)), None
+
+
+_colbert.defvjp(_colbert_forward, _colbert_backward)
+
+
+def _shares(query_mask: Array) -> Array:
+    """[q, i]: what each token's max adds to the mean; 0 for masked tokens, and for all of a text without tokens."""
+    return query_mask / jnp.maximum(query_mask.sum(axis=1, keepdims=True), 1)
 
 
 def hybrid_scores(
@@ -120,14 +165,19 @@ def all_scores(
     }
 
 
-def _by_passage_blocks(
-    block: Callable[..., Array], query_tokens: int, passages: tuple[Array, Array]
-) -> Float[Array, "q p"]:
-    """block(passages of one block) → [q, block], over all passages, joined to [q, p]; memory is that of one block."""
-    count, length = passages[0].shape[:2]
-    size = max(1, min(count, _BLOCK_ELEMENTS // max(1, query_tokens * length)))
-    # checkpoint inside the map: the backward pass keeps a block's inputs only.
-    each = jax.checkpoint(lambda one: block(*(x[None] for x in one))[:, 0])
-    if size == count:
-        return jax.checkpoint(block)(*passages)
-    return jax.lax.map(each, passages, batch_size=size).T
+def _blocks(passages: tuple[Array, ...], elements: int) -> tuple[Array, ...]:
+    """[p, …] → [blocks, passages of a block, …], filled up with zeros; `elements`: what one passage adds to a block."""
+    count = len(passages[0])
+    size = max(1, min(count, _BLOCK_ELEMENTS // max(1, elements)))
+    blocks = -(-count // size)
+
+    def split(x: Array) -> Array:
+        filled = jnp.pad(x, [(0, blocks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        return filled.reshape(blocks, size, *x.shape[1:])
+
+    return tuple(split(x) for x in passages)
+
+
+def _joined(blocks: Array, count: int) -> Array:
+    """The inverse of `_blocks`, for one array."""
+    return blocks.reshape(-1, *blocks.shape[2:])[:count]

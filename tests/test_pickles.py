@@ -153,7 +153,7 @@ def test_torch_files_that_are_no_plain_state_dict_are_refused(tmp_path: Path, ca
         case "uint16":
             value, words = {"w": torch.ones(2, dtype=torch.uint16)}, ["_rebuild_tensor_v3"]
         case "list":
-            value, words = [ones], ["EMPTY_LIST"]
+            value, words = [ones], ["no opcode b']'"]
         case "expanded":
             value, words = {"w": torch.ones(1).expand(10**12)}, ["no larger", "1000000000000"]
         case "tensor":
@@ -182,8 +182,11 @@ def test_writing_is_deterministic_and_replaces_the_file_that_it_was_read_from(tm
     path = tmp_path / "x.pt"
     pickles.write(path, {"w": sample("float32", (4, 4))})
     first = path.read_bytes()
-    pickles.write(path, pickles.read(path))
+    loaded = pickles.read(path)
+    pickles.write(path, loaded)
     assert path.read_bytes() == first
+    pickles.write(path, {"w": np.zeros((4, 4), np.float32)})
+    assert same_bits(loaded["w"], sample("float32", (4, 4)))
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -252,21 +255,21 @@ def test_nested_execution_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtur
     ("code", "word"),
     [
         (b"", "a state dict has a data.pkl"),
-        (b"\x80\x02", "before seeing STOP"),
-        (b"\x80\x02}", "before seeing STOP"),
-        (b"\x80\x04}.", "PROTO"),
-        (b"\x80\x02.", "empty stack"),
-        (b"\x80\x02R.", "empty stack"),
-        (b"\x80\x02t.", "empty stack"),
-        (b"\x80\x02)b.", "empty stack"),
-        (b"\x80\x02h\x07.", "memo"),
+        (b"\x80\x02", "lacks code"),
+        (b"\x80\x02}", "lacks code"),
+        (b"\x80\x04}.", "no opcode b'\\x80'"),
+        (b"\x80\x02.", "lacks stack or mark"),
+        (b"\x80\x02R.", "lacks stack or mark"),
+        (b"\x80\x02t.", "lacks stack or mark"),
+        (b"\x80\x02)b.", "lacks stack or mark"),
+        (b"\x80\x02h\x07.", "lacks memo"),
         (b"\x80\x02}X\x01\0\0\0a" + b")" + b"\x85" * 10**5 + b"s.", "'a' is a tuple"),
         (b"\x80\x02}" + b")" + b"\x85" * 10**5 + b"Ns.", "unique strings"),  # hash() of it overflows the C stack
         (
             b"\x80\x02}q\1" + b")q\0" + b"h\0h\0\x86q\0" * 80 + b"h\1h\0Ns.",
             "unique strings",
         ),  # hash() of it takes 2**80 steps
-        (b"\x80\x02}" + b"}X\x01\0\0\0ah\0q\0s" * 10**4 + b".", "memo"),
+        (b"\x80\x02}" + b"}X\x01\0\0\0ah\0q\0s" * 10**4 + b".", "lacks memo"),
         (b"\x80\x02" + b"}q\0X\x01\0\0\0ah\0s.", "'a' is a dict"),  # holds itself
         (b"\x80\x02Nr\xff\xff\xff\xff.", "not a nonetype"),  # pickle.Unpickler fills 64 GB for this memo
         (b"\x80\x02}(X\x01\0\0\0au.", "pairs"),
@@ -279,20 +282,22 @@ def test_nested_execution_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtur
         (b"\x80\x02ctorch\nFloatStorage\nK\x09\x85R.", "torch.FloatStorage(int)"),
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", "_rebuild_tensor_v2()"),
         (b"\x80\x02ctorch._utils\n_rebuild_parameter\n}\x88}\x87R.", "_rebuild_parameter(dict, bool, dict)"),
+        (b"\x80\x02" + TENSOR + b"K\0))\x89}X\x01\0\0\0aNstR.", "int, tuple, tuple, bool, dict)"),
+        (
+            b"\x80\x02ctorch._utils\n_rebuild_parameter\n" + TENSOR + b"K\0))" + TAIL + b"\x88}X\x01\0\0\0aNs\x87R.",
+            "(tensor, bool, dict)",
+        ),
         (b"\x80\x02X\x02\0\0\0osX\x02\0\0\0ls\x85R.", "str(str)"),
         (b"\x80\x02NQ.", "a storage is"),
         (b"\x80\x02(X\x07\0\0\0storageccollections\nOrderedDict\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ.", "a storage is"),
         (b"\x80\x02}X\x01\0\0\0w" + PERSISTENT_ID + b"s.", "'w' is a storage"),
         (b"\x80\x02cos\nsystem\n\x81.", "os.system"),
-        (b"\x80\x02}\x81.", "NEWOBJ"),
-        (
-            b"\x80\x02\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",
-            "expected 9223372036854775807 bytes",
-        ),  # BYTEARRAY8 of 2**63 bytes
-        (b"\x80\x02\x8a\xff\xff.", "not enough data"),
-        (b"\x80\x02\x8b\0\x10\0\0" + b"\x7f" * 4096 + b".", "4300 digits"),  # an integer of 10,000 digits
+        (b"\x80\x02}\x81.", "no opcode b'\\x81'"),
+        (b"\x80\x02\x96\xff\xff\xff\xff\xff\xff\xff\x7f.", "no opcode"),  # BYTEARRAY8 of 2**63 bytes
+        (b"\x80\x02\x8a\xff\xff.", "lacks code"),
+        (b"\x80\x02\x8b\0\x10\0\0" + b"\x7f" * 4096 + b".", "no opcode"),  # an integer of 10,000 digits
         (b"\x80\x02cx\xff\ny\n.", "0xff"),
-        (b"}" * 2**24 + b".", "16777216"),
+        (b"}" * 2**22 + b".", "4194304"),
     ],
 )
 def test_hostile_pickles_are_refused(tmp_path: Path, code: bytes, word: str) -> None:
@@ -347,7 +352,7 @@ def test_a_tensor_lies_within_its_storage(
         ({"C:/x": b""}, "absolute"),
         ({"a/..\\x": b""}, "absolute"),
         ({"plain": b""}, "folder/name"),
-        ({"b/data.pkl": b""}, "one top folder"),
+        ({"b/other": b""}, "one top folder"),
     ],
 )
 def test_lies_of_the_archive_are_refused(tmp_path: Path, change: dict[str, bytes], word: str) -> None:
@@ -484,6 +489,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.filterwarnings("error")
 def test_mutated_files_are_refused_or_stay_inside_the_file(tmp_path: Path) -> None:
     """M3JAX_FUZZ_SECONDS runs it longer, with new mutations each time; the failing file's seed is in the assertion."""
     seconds = float(os.environ.get("M3JAX_FUZZ_SECONDS", "0"))

@@ -44,6 +44,7 @@ _STYLE: dict[Any, Any] = {
     # Text stays text: it can be read aloud and searched, in the fonts of the reader.
     "svg.fonttype": "none",
     "svg.hashsalt": "m3jax",
+    "figure.constrained_layout.h_pad": 0.08,
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": _LIGHT["ink"],

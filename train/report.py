@@ -1,7 +1,7 @@
-"""What a person sees of a finished run: results.json and metrics.jsonl as one HTML page, pictures, and terminal tables.
+"""What a person sees of a run: results.json and metrics.jsonl as one HTML page, and the tables for a terminal.
 
-Nothing is measured or averaged over queries here: the numbers come from the loop and the evaluation; what a run lacks is
-left out, never drawn as zero.
+Nothing is measured here: the numbers come from the loop and the evaluation, and the curves from train/pictures.py; what
+a run lacks is left out, never shown as zero.
 """
 
 import json
@@ -10,18 +10,22 @@ import os
 import re
 import statistics
 import unicodedata
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from io import StringIO
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args, get_origin, get_type_hints, is_typeddict
 
-import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from train.pictures import (
+    THEME,
+    colour_name,
+    draw_dev,
+    draw_loss,
+    draw_quality,
+    series,
+    smoothing_window,
+    standalone,
+)
 
 FUNCTIONS = ("dense", "sparse", "colbert", "dense+sparse", "all")
 METRICS = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100"}
@@ -71,57 +75,53 @@ class Results(TypedDict):
     example: NotRequired[Example | None]
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 def _check(value: Any, kind: Any, place: str) -> None:
     """Raises ValueError at the first part of `value` that is not of `kind`, naming its place."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
+    if get_origin(kind) is UnionType:
+        if value is None:
+            return
+        kind = get_args(kind)[0]
+    expected: Any = dict if is_typeddict(kind) else get_origin(kind) or kind
+    if expected is Any:
         return
-    if origin is UnionType:
-        if value is not None:
-            _check(value, arguments[0], place)
-        return
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{place}: expected one of {arguments}, got {value!r}. Write the run's record again.")
-        return
-    expected = dict if is_typeddict(kind) else origin or kind
-    fits = isinstance(value, (int, float) if expected is float else expected) and not isinstance(value, bool)
-    if expected is bool:
-        fits = isinstance(value, bool)
-    if not fits or (expected is float and not math.isfinite(value)):
-        wanted = "a finite number" if expected is float else expected.__name__
-        raise ValueError(f"{place}: expected {wanted}, got {value!r:.80}. Write the run's record again.")
+    if expected is Literal:
+        fits, wanted = value in get_args(kind), f"one of {get_args(kind)}"
+    elif expected is float:
+        fits, wanted = type(value) in (int, float) and math.isfinite(value), "a finite number"
+    else:
+        fits, wanted = type(value) is expected, f"a value of type {expected.__name__}"
+    if not fits:
+        raise ValueError(
+            f"{place}: expected {wanted}, got {value!r:.80}. Run the evaluation again, or correct the file."
+        )
     if is_typeddict(kind):
         if missing := sorted(kind.__required_keys__ - value.keys()):
-            raise ValueError(f"{place}: lacks {missing}; it has {sorted(value)}. Write the run's record again.")
+            raise ValueError(f"{place}: expected the keys {missing} too, got {sorted(value)}. Add them.")
         for key, inner in get_type_hints(kind).items():
             if key in value:
                 _check(value[key], inner, f"{place}: {key}")
-    elif expected is list:
-        for index, item in enumerate(value):
-            _check(item, arguments[0], f"{place}[{index}]")
-    elif expected is dict:
-        for key, item in value.items():
-            _check(item, arguments[1], f"{place}[{key!r}]")
+    elif expected in (list, dict):
+        for key, item in enumerate(value) if expected is list else value.items():
+            _check(item, get_args(kind)[-1], f"{place}[{key!r}]")
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: a report needs this file as UTF-8 text: {error}. Give a run's directory.") from error
+        raise ValueError(
+            f"{path}: expected a file of UTF-8 text, as every run directory has it, got: {error}. Give a run directory."
+        ) from error
 
 
 def _parse(text: str, place: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: expected JSON, got {text[:60]!r}: {error}. Write the record again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {text[:60]!r}. Write the record again.")
+        raise ValueError(
+            f"{place}: expected a JSON object, got {text[:60]!r}: {error}. Correct or remove it."
+        ) from error
+    _check(value, dict[str, Any], place)
     return value
 
 
@@ -132,35 +132,27 @@ def _read_results(path: Path) -> Results:
     for evaluation in results.get("evaluations", []):
         which = (evaluation["name"], evaluation["model"])
         if which in seen:
-            raise ValueError(f"{path}: one evaluation per test set and model, got {which} twice. Name the sets apart.")
+            raise ValueError(f"{path}: expected one evaluation per test set and model, got {which} twice. Rename one.")
         seen.add(which)
     return cast(Results, results)
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:
     """The logged lines, one a step; a resumed run logs some steps again, and then the later value counts."""
-    steps: dict[float, dict[str, float]] = {}
+    steps: dict[int, dict[str, float]] = {}
     # Only "\n" ends a line of JSONL: str.splitlines would also cut at U+2028 inside a string.
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         row = _parse(line, f"{path}:{number}")
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{path}:{number}: expected an integer 'step', got {row.get('step')!r}. Correct the line.")
         for key, value in row.items():
             # A loss that became NaN is a fact to show, so finiteness is not asked for here.
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{path}:{number}: expected a number in {key!r}, got {value!r}. Write the line again.")
-        if "step" not in row:
-            raise ValueError(f"{path}:{number}: expected a key 'step', got {sorted(row)}. Write the line again.")
+            if type(value) not in (int, float):
+                raise ValueError(f"{path}:{number}: expected a number in {key!r}, got {value!r}. Correct the line.")
         steps.setdefault(row["step"], {}).update(row)
     return [steps[step] for step in sorted(steps)]
-
-
-def _series(metrics: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    rows = [row for row in metrics if key in row]
-    return np.array([row["step"] for row in rows]), np.array([row[key] for row in rows], float)
-
-
-# --------------------------------------------------------------------------------------------------- terminal
 
 
 def _names(results: Mapping[str, Any]) -> list[str]:
@@ -216,7 +208,8 @@ def format_table(results: Mapping[str, Any]) -> str:
         for name in names:
             values = [sets.get(name, {}).get(key) for key in METRICS]
             texts = ["–" if value is None else f"{value:.3f}" for value in values]
-            line += "  " + "  ".join(f"{t:>{len(m)}}" for t, m in zip(texts, METRICS.values(), strict=True)).ljust(width)
+            pair = "  ".join(f"{text:>{len(metric)}}" for text, metric in zip(texts, METRICS.values(), strict=True))
+            line += f"  {pair:<{width}}"
         lines.append(line.rstrip())
     return "\n".join([*lines, *_notes(results)])
 
@@ -224,15 +217,18 @@ def format_table(results: Mapping[str, Any]) -> str:
 def _spans(text: str, matched: Sequence[str]) -> tuple[list[tuple[int, int]], list[str]]:
     """Where the matched terms lie in the text, touching ones joined, and the terms that are not in it as written.
 
-    "▁x" lies only where a word begins; case is ignored, as tokenizers may fold it.
+    Terms lie anywhere; if one of them begins with "▁" all are SentencePiece pieces, and those with "▁" lie only after a
+    space and those without it only inside a word. Case is ignored, as tokenizers may fold it.
     """
-    found, absent = [], []
+    pieces = any(term.startswith("▁") for term in matched)
+    found: list[tuple[int, int]] = []
+    absent: list[str] = []
     for term in dict.fromkeys(matched):
-        begins, bare = term.startswith("▁"), term.replace("▁", " ").strip()
+        bare = term.replace("▁", " ").strip()
         if not bare:
             continue
-        pattern = (r"(?<!\w)" if begins and re.match(r"\w", bare) else "") + re.escape(bare)
-        hits = [hit.span() for hit in re.finditer(pattern, text, re.IGNORECASE)]
+        before = (r"(?<!\S)" if term.startswith("▁") else r"(?<=\S)") if pieces else ""
+        hits = [hit.span() for hit in re.finditer(before + re.escape(bare), text, re.IGNORECASE)]
         found += hits
         absent += [bare] * (not hits)
     joined: list[tuple[int, int]] = []
@@ -247,7 +243,7 @@ def _spans(text: str, matched: Sequence[str]) -> tuple[list[tuple[int, int]], li
 
 
 def _mark(text: str, matched: Sequence[str], mark: Callable[[str], str], plain: Callable[[str], str]) -> str:
-    """The text with `mark` applied to the matched terms and `plain` to the rest; terms not in it are listed after it."""
+    """`mark` applied to the matched terms and `plain` to the rest; terms that are not in the text follow it."""
     spans, absent = _spans(text, matched)
     parts, last = [], 0
     for begin, end in spans:
@@ -287,8 +283,6 @@ def format_example(example: Mapping[str, Any], *, bold: bool = False) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------- page
-
 def _duration(seconds: float) -> str:
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
@@ -303,197 +297,187 @@ def _amount(count: int) -> str:
     return f"{count:,}"
 
 
-def _headline(results: Mapping[str, Any]) -> tuple[str, str, float, float | None, float | None] | None:
-    """(test set, function, trained, BM25, untrained) nDCG@10: of "all", chosen beforehand; the best only without it."""
+def _ndcg(results: Results) -> dict[str, dict[str, float]]:
+    """{test set: {row label: nDCG@10}}."""
     cells = _cells(results)
-    for name in _names(results):
-        scores = {label: row[name]["ndcg_at_10"] for label, row in cells.items() if "ndcg_at_10" in row.get(name, {})}
-        trained = {label: v for label, v in scores.items() if label != "BM25" and not label.startswith("untrained ")}
+    return {
+        name: {label: row[name]["ndcg_at_10"] for label, row in cells.items() if "ndcg_at_10" in row.get(name, {})}
+        for name in _names(results)
+    }
+
+
+def _html_head(results: Results, metrics: Sequence[Mapping[str, float]]) -> str:
+    seconds, losses = results.get("seconds", {}), [row for row in metrics if "loss" in row]
+    facts = [f"<b>{_amount(results['parameters'])} parameters</b>"] if "parameters" in results else []
+    facts += [f"<b>{losses[-1]['step']:,} steps</b>"] if losses else []
+    facts += [f"<b>{_duration(seconds['total'])}</b> from start to end"] if "total" in seconds else []
+    facts += [escape(results["hardware"])] if "hardware" in results else []
+    when = f" · {results['date'].replace('T', ' ')}" if "date" in results else ""
+    html = f'<div class="kicker">m3jax training run{escape(when)}</div><h1>{escape(results["name"])}</h1>'
+    html += f'<p class="lead">{" · ".join(facts)}</p>' if facts else ""
+    phases = [f"{escape(name)} {_duration(value)}" for name, value in seconds.items() if name != "total"]
+    html += f'<p class="soft">{" · ".join(phases)}</p>' if phases else ""
+    if broken := [row["step"] for row in losses if not math.isfinite(row["loss"])]:
+        html += (
+            f'<p class="notice"><b>The loss was not a finite number at {len(broken):,} of {len(losses):,} logged steps'
+            f"</b>, first at step {broken[0]:,}.</p>"
+        )
+    return html
+
+
+def _html_verdict(results: Results) -> str:
+    """The first test set in three numbers: of "all", chosen beforehand, and of the best function only without it."""
+    for name, values in _ndcg(results).items():
+        trained = [label for label in values if label != "BM25" and not label.startswith("untrained ")]
         if trained:
-            function = "all" if "all" in trained else max(trained, key=lambda label: trained[label])
-            return name, function, trained[function], scores.get("BM25"), scores.get(f"untrained {function}")
-    return None
-
-
-def _head(results: Results, metrics: Sequence[Mapping[str, float]]) -> str:
-    facts = []
-    if "parameters" in results:
-        facts.append(f"A model of <b>{_amount(results['parameters'])} parameters</b>")
-    steps = [row["step"] for row in metrics if "loss" in row]
-    if steps:
-        facts.append(f"trained for <b>{max(steps):,} steps</b>")
-    if "total" in results.get("seconds", {}):
-        facts.append(f"<b>{_duration(results['seconds']['total'])}</b> from start to end")
-    if "hardware" in results:
-        facts.append(f"on {escape(results['hardware'])}")
-    kicker = " · ".join(["m3jax training run", *([results["date"].replace("T", " ")] if "date" in results else [])])
-    parts = [f'<div class="kicker">{escape(kicker)}</div><h1>{escape(results["name"])}</h1>']
-    if facts:
-        sentence = ", ".join(facts)
-        parts.append(f'<p class="lead">{sentence[0].upper()}{sentence[1:]}.</p>')
-    broken = [row["step"] for row in metrics if not math.isfinite(row.get("loss", 0.0))]
-    if broken:
-        parts.append(
-            f'<p class="notice"><b>The loss was not a finite number at {len(broken):,} of {len(steps):,} logged steps</b>,'
-            f" first at step {min(broken):,}.</p>"
-        )
-    if headline := _headline(results):
-        name, function, trained, bm25, untrained = headline
-        tiles = [(f"trained, {function}", trained, " main"), ("BM25", bm25, ""), ("untrained", untrained, "")]
-        shown = [
-            f'<div class="card tile{kind}"><span>{escape(label)}</span><b>{value:.3f}</b></div>'
-            for label, value, kind in tiles
-            if value is not None
-        ]
-        verdict = ""
-        if bm25:
-            ratio = trained / bm25
-            verdict = (
-                f' <span class="good">{ratio:.2g} × BM25.</span>' if ratio >= 1
-                else f' <span class="bad">Below BM25 ({ratio:.2f} ×).</span>'
-            )  # fmt: skip
-        parts.append(
-            f"<h2>How good it is</h2><p>nDCG@10 on “{escape(name)}” (1 is perfect).{verdict}</p>"
-            f'<div class="tiles">{"".join(shown)}</div>'
-        )
-    return "".join(parts)
+            function = "all" if "all" in trained else max(trained, key=lambda label: values[label])
+            tiles = "".join(
+                f'<div class="card tile {kind}"><span>{escape(text)}</span><b>{values[label]:.3f}</b></div>'
+                for label, text, kind in (
+                    (function, f"trained, {function}", "main"),
+                    ("BM25", "BM25", ""),
+                    (f"untrained {function}", "untrained", ""),
+                )
+                if label in values
+            )
+            verdict = ""
+            if values.get("BM25"):
+                ratio = values[function] / values["BM25"]
+                kind, words = (
+                    ("good", f"{ratio:.2f} × BM25") if ratio >= 1 else ("bad", f"Below BM25: {ratio:.2f} × it")
+                )
+                verdict = f' <span class="{kind}">{words}.</span>'
+            return f'<p>nDCG@10 on “{escape(name)}”; 1 is perfect.{verdict}</p><div class="tiles">{tiles}</div>'
+    return ""
 
 
 def _dot(function: str) -> str:
-    name = {"BM25": "bm25", "dense+sparse": "pair", "hybrid": "all"}.get(function, function)
-    return f'<i class="dot" style="background:var(--{name if name in PALETTE else "none"})"></i>'
+    return f'<i class="dot" style="background:var(--{colour_name(function)})"></i>'
 
 
-def _quality_table(results: Results) -> str:
+def _html_table(results: Results) -> str:
     cells, names = _cells(results), _names(results)
-    if not cells:
-        return ""
-    columns = [(name, key) for name in names for key in METRICS]
-    head = "".join(f'<th colspan="{len(METRICS)}">{escape(name)}</th>' for name in names)
-    body, ruled = [], False
+    columns = [(name, metric) for name in names for metric in METRICS]
+    best = {
+        (name, metric): max((row[name][metric] for row in cells.values() if metric in row.get(name, {})), default=None)
+        for name, metric in columns
+    }
+    sets = "".join(f'<th colspan="{len(METRICS)}">{escape(name)}</th>' for name in names)
+    body = ""
     for label, row in cells.items():
-        untrained = label.startswith("untrained ")
-        kind = ("dim rule" if not ruled else "dim") if untrained else ""
-        ruled = ruled or untrained
-        line = f"<td>{_dot(label)}{escape(label)}</td>"
-        for name, key in columns:
-            value = row.get(name, {}).get(key)
-            best = max((other[name][key] for other in cells.values() if key in other.get(name, {})), default=None)
-            text = '<td class="soft">–</td>' if value is None else f"<td>{value:.3f}</td>"
-            line += text.replace("<td>", '<td class="best">') if value is not None and value == best else text
-        body.append(f'<tr class="{kind}">{line}</tr>')
-    notes = "".join(f"<br>{escape(note)}" for note in _notes(results))
+        body += f'<tr class="{"dim" if label.startswith("untrained ") else ""}"><td>{_dot(label)}{escape(label)}</td>'
+        for name, metric in columns:
+            value = row.get(name, {}).get(metric)
+            kind = ' class="best"' if value is not None and value == best[name, metric] else ""
+            body += f"<td{kind}>{'–' if value is None else f'{value:.3f}'}</td>"
+        body += "</tr>"
+    metrics = "".join(f"<th>{METRICS[metric]}</th>" for _, metric in columns)
+    head = f"<thead><tr><th></th>{sets}</tr><tr><th></th>{metrics}</tr></thead>"
+    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _html_quality(results: Results, picture: str) -> str:
+    if not _cells(results):
+        return ""
+    rows = {label.removeprefix("untrained ") for label in _cells(results)}
+    words = {
+        "BM25": "counts shared terms; nothing is trained",
+        "dense": "one vector for a text",
+        "sparse": "a learned weight for each term of a text",
+        "colbert": "one vector for each token",
+        "dense+sparse": "the weighted sum of these two",
+        "all": "the weighted sum of all three",
+    }
+    legend = "".join(f"<p>{_dot(row)}<b>{row}</b>: {text}</p>" for row, text in words.items() if row in rows)
+    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in _notes(results))
     return (
-        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr><tr><th></th>'
-        f"{''.join(f'<th>{METRICS[key]}</th>' for _, key in columns)}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-        '<p class="soft"><small>dense: one vector a text. sparse: a learned weight for each term. colbert: one vector a'
-        " token. all: their weighted sum. untrained: the same model at its first weights."
-        f"{notes}</small></p>"
+        f'<h2>How good it is</h2>{_html_verdict(results)}<div class="charts">{picture}<div>{legend}{notes}</div></div>'
+        f"{_html_table(results)}"
     )
 
 
-def _example(example: Example) -> str:
+def _html_example(example: Example) -> str:
     def mark(text: str) -> str:
         return f"<mark>{escape(text)}</mark>"
 
-    cards = []
+    cards = ""
     for function, tops in example["tops"].items():
-        items = []
+        items = ""
         for rank, top in enumerate(tops, start=1):
             relevant = '<span class="good">✓ relevant</span>' if top.get("relevant") else ""
             text = _mark(top["text"], top.get("matched", []), mark, escape)
-            items.append(
-                f'<li><div class="meta"><span>{rank} · {top["score"]:.3f}</span>{relevant}</div>'
-                f'<div dir="auto">{text}</div></li>'
-            )
-        cards.append(
-            f'<div class="card"><h3>{_dot(function)}{escape(function)}</h3><ol class="tops">{"".join(items)}</ol></div>'
-        )
+            meta = f'<div class="meta"><span>{rank} · {top["score"]:.3f}</span>{relevant}</div>'
+            items += f'<li>{meta}<div dir="auto">{text}</div></li>'
+        cards += f'<div class="card"><h3>{_dot(function)}{escape(function)}</h3><ol class="tops">{items}</ol></div>'
     language = f" in {escape(example['language'])}" if "language" in example else ""
     return (
-        f'<h2>One query, worked through</h2><p class="soft">A query{language}, and what each function puts first;'
-        " terms that matched are marked.</p>"
-        f'<p class="query" dir="auto">{escape(example["query"])}</p><div class="cards">{"".join(cards)}</div>'
+        f'<h2>One query, worked through</h2><p class="soft">A query{language}, and what each function puts first. Terms'
+        f' that matched are <mark>marked</mark>.</p><p class="query" dir="auto">{escape(example["query"])}</p>'
+        f'<div class="cards">{cards}</div>'
     )
 
 
-def _next_steps(results: Results) -> str:
-    parts = []
-    if "model" in results:
-        parts.append(f'<p>The model lies in <b>{escape(results["model"])}</b>, beside this page.</p>')
-    parts += [f"<pre>{escape(command)}</pre>" for command in results.get("commands", [])]
-    return f"<h2>What to do next</h2>{''.join(parts)}" if parts else ""
+def _html_next(results: Results) -> str:
+    model = f"<p>The model: <b>{escape(results['model'])}</b></p>" if "model" in results else ""
+    commands = "".join(f"<pre>{escape(command)}</pre>" for command in results.get("commands", []))
+    return f"<h2>What to do next</h2>{model}{commands}" if model or commands else ""
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
     rows = []
     for key, value in config.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, json.dumps(value))]
+        nested = isinstance(value, dict) and value
+        rows += _flat(value, f"{prefix}{key}.") if nested else [[prefix + key, json.dumps(value, ensure_ascii=False)]]
     return rows
 
 
-def _details(results: Results, metrics: Sequence[Mapping[str, float]]) -> str:
-    parts = []
-    seconds = {name: value for name, value in results.get("seconds", {}).items() if name != "total"}
-    if seconds:
-        shades = ["none", "pair", "dense", "colbert", "sparse", "all"]
-        named = [(*item, shades[place % len(shades)]) for place, item in enumerate(seconds.items())]
-        bar = "".join(f'<i style="flex:{value:.3f};--shade:var(--{shade})"></i>' for _, value, shade in named)
-        keys = "".join(
-            f'<span class="key"><i class="dot" style="background:var(--{shade})"></i>{escape(name)} {_duration(value)}</span>'
-            for name, value, shade in named
-        )
-        parts.append(f'<h2>Where the time went</h2><div class="bar">{bar}</div><div class="soft">{keys}</div>')
-    parts.append("<h2>Details</h2>" if metrics or results.get("config") or results.get("versions") else "")
-    if metrics:
-        rows = []
-        for key in dict.fromkeys(key for row in metrics for key in row if key not in ("step", "seconds")):
-            values = _series(metrics, key)[1].tolist()
-            numbers = (values[0], statistics.median(values), values[-1])
-            rows.append(f"<tr><td>{escape(key)}</td>{''.join(f'<td>{number:.4g}</td>' for number in numbers)}</tr>")
-        parts.append(
-            '<details><summary>Logged values</summary><div class="scroll"><table><thead><tr><th></th><th>first</th>'
-            f"<th>median</th><th>last</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
-        )
-    for title, pairs in (
-        ("Configuration", _flat(results.get("config", {}))),
-        ("Versions", list(results.get("versions", {}).items())),
+def _html_details(results: Results, metrics: Sequence[Mapping[str, float]]) -> str:
+    logged = []
+    for key in dict.fromkeys(key for row in metrics for key in row if key not in ("step", "seconds")):
+        values = series(metrics, key)[1].tolist()
+        logged.append([key, *(f"{number:.4g}" for number in (values[0], statistics.median(values), values[-1]))])
+    html = ""
+    for title, head, rows in (
+        ("Logged values", ["", "first", "median", "last"], logged),
+        ("Configuration", [], _flat(results.get("config", {}))),
+        ("Versions", [], [list(pair) for pair in results.get("versions", {}).items()]),
     ):
-        if pairs:
-            rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in pairs)
-            parts.append(f"<details><summary>{title}</summary><table><tbody>{rows}</tbody></table></details>")
-    return "".join(parts)
+        if rows:
+            columns = "".join(f"<th>{text}</th>" for text in head)
+            body = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
+            table = f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
+            html += f'<details><summary>{title}</summary><div class="scroll">{table}</div></details>'
+    return f"<h2>Details</h2>{html}" if html else ""
 
 
 def _page(results: Results, metrics: Sequence[Mapping[str, float]], pictures: Mapping[str, str]) -> str:
-    window = _window(len(_series(metrics, "loss/dense")[0]))
+    window = smoothing_window(metrics)
     captions = {
-        "quality": "Upper bar: trained. Thin grey bar: untrained. Dashed line: BM25.",
-        "loss": "Lower is better." + (f" Thin: each logged step; bold: mean of the last {window}." if window > 1 else ""),
+        "quality": "Wide bar: trained. Thin grey bar: untrained. Dashed line: BM25.",
+        "loss": "Lower is better." + f" Thin: each logged step. Bold: mean of {window} of them." * (window > 1),
         "dev": "Higher is better, 1 is perfect.",
     }
-    figures = {}
+    figures = dict.fromkeys(captions, "")
     for name, svg in pictures.items():
         # Identifiers must be unique in a page that holds several pictures.
-        svg = re.sub(r'(id="|url[(]#|href="#)', rf"\g<1>{name}-", svg)
+        svg = re.sub(r'id="|url[(]#|href="#', lambda found, name=name: f"{found.group()}{name}-", svg)
         figures[name] = f"<figure>{svg}<figcaption>{captions[name]}</figcaption></figure>"
-    charts = "".join(figures[name] for name in ("loss", "dev") if name in figures)
+    curves = figures["loss"] + figures["dev"]
     example = results.get("example")
-    body = [
-        _head(results, metrics),
-        f'<div class="charts">{figures["quality"]}{_quality_table(results)}</div>' if "quality" in figures else
-        _quality_table(results),
-        f'<h2>How training went</h2><div class="charts">{charts}</div>' if charts else "",
-        _example(example) if example else "",
-        _next_steps(results),
-        _details(results, metrics),
-    ]  # fmt: skip
+    body = (
+        _html_head(results, metrics)
+        + _html_quality(results, figures["quality"])
+        + (f'<h2>How training went</h2><div class="charts">{curves}</div>' if curves else "")
+        + (_html_example(example) if example else "")
+        + _html_next(results)
+        + _html_details(results, metrics)
+    )
+    style = THEME + Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(results['name'])} · m3jax</title><style>{THEME}{PAGE_STYLE}</style></head>\n"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+        f"<title>{escape(results['name'])} · m3jax</title><style>{style}</style></head>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -512,22 +496,21 @@ def write_report(run_directory: Path) -> Path:
 
     The page and the pictures need nothing but themselves and follow the reader's light or dark theme. A picture without
     data is left out, and one of an earlier report is removed. Returns the page's path. Raises ValueError that names the
-    file, and the line of metrics.jsonl, when one is missing or not as described in `Results`.
+    file, and the line of metrics.jsonl, when one is missing or not as `Results` describes it.
     """
     run_directory = Path(run_directory)
     results = _read_results(run_directory / "results.json")
     metrics = _read_metrics(run_directory / "metrics.jsonl")
-    with matplotlib.rc_context(STYLE):
-        figures = {"loss": _draw_loss(metrics), "dev": _draw_dev(metrics), "quality": _draw_quality(results)}
-        pictures = {name: _svg(figure) for name, figure in figures.items() if figure is not None}
+    drawn = {"loss": draw_loss(metrics), "dev": draw_dev(metrics, FUNCTIONS), "quality": draw_quality(_ndcg(results))}
+    pictures = {name: svg for name, svg in drawn.items() if svg is not None}
     folder = run_directory / "pictures"
     folder.mkdir(exist_ok=True)
-    for name in figures:
+    for name in drawn:
+        path = folder / f"{name}.svg"
         if name in pictures:
-            style = f"<style>{THEME}svg{{background:var(--paper)}}</style>"
-            _write(folder / f"{name}.svg", re.sub(r"(<svg[^>]*>)", rf"\g<1>{style}", pictures[name], count=1) + "\n")
+            _write(path, standalone(pictures[name]))
         else:
-            (folder / f"{name}.svg").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     page = run_directory / "report.html"
     _write(page, _page(results, metrics, pictures))
     return page

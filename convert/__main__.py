@@ -1,0 +1,33 @@
+"""`python -m convert from-pytorch SRC DST` and `to-pytorch SRC DST`: a released directory to an Orbax checkpoint and back.
+
+Not here: what the two formats are (m3jax/weights.py, m3jax/checkpoint.py).
+"""
+
+import argparse
+
+from m3jax import M3, checkpoint, weights
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Convert, keeping every tensor's dtype and bits, and say what was written."""
+    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__.splitlines()[0])
+    directions = parser.add_subparsers(dest="direction", required=True)
+    for direction, source in (("from-pytorch", "a released directory"), ("to-pytorch", "an Orbax checkpoint of m3jax")):
+        one = directions.add_parser(direction)
+        one.add_argument("src", help=source)
+        one.add_argument("dst", help="the directory to write; it must be new")
+    given = parser.parse_args(arguments)
+    try:
+        if given.direction == "from-pytorch":
+            m3 = M3(*weights.read(given.src))
+            checkpoint.write(m3, given.dst)
+        else:
+            m3 = M3(*checkpoint.read(given.src))
+            weights.write(m3, given.dst)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{m3} → {given.dst}")
+
+
+if __name__ == "__main__":
+    main()

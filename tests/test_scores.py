@@ -1,0 +1,349 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
+
+import m3jax.scores
+from m3jax.config import M3Config
+from m3jax.losses import m3_loss
+from m3jax.model import apply, shapes
+from m3jax.representations import Representations
+from m3jax.scores import all_scores, colbert_scores, dense_scores, hybrid_scores, sparse_scores, term_weights
+
+VOCABULARY = 12  # few ids, so that terms repeat within a text and are shared between texts
+NAMES = ("dense", "sparse", "colbert", "hybrid")
+
+
+def both(seed):
+    """4 queries and 5 passages of one shape in all tests, so that one compilation serves them."""
+    return representations(4, 7, seed), representations(5, 9, seed + 100)
+
+
+def representations(texts, length, seed, width=6):
+    """Random representations of texts of 2 to `length` tokens; some weights are 0, as the relu leaves them."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, length + 1, texts)
+    lengths[0] = length
+    mask = np.arange(length) < lengths[:, None]
+    weights = np.maximum(rng.normal(0.4, 0.5, (texts, length)), 0) * mask
+    vectors = rng.normal(size=(texts, length, width))
+    dense = rng.normal(size=(texts, width))
+    return Representations(
+        dense=np.float32(dense / np.linalg.norm(dense, axis=1, keepdims=True)),
+        token_ids=np.where(mask, rng.integers(4, VOCABULARY, (texts, length)), 1).astype(np.int32),
+        token_weights=weights.astype(np.float32),
+        colbert=np.float32(vectors / np.linalg.norm(vectors, axis=2, keepdims=True)),
+        colbert_mask=mask & (np.arange(length) > 0),
+    )
+
+
+def naive_scores(queries, passages, weights=(1.0, 0.3, 1.0)):
+    """The four scores, one pair after another in float64: dot products, dictionaries of terms, sets of real tokens."""
+    out = {name: np.zeros((len(queries.dense), len(passages.dense))) for name in NAMES}
+
+    def terms(text, row):
+        best = {}
+        for term, weight in zip(text.token_ids[row].tolist(), text.token_weights[row].tolist(), strict=True):
+            best[term] = max(weight, best.get(term, 0.0))
+        return best
+
+    for q, p in np.ndindex(out["dense"].shape):
+        out["dense"][q, p] = math.fsum(a * b for a, b in zip(queries.dense[q], passages.dense[p], strict=True))
+        own, other = terms(queries, q), terms(passages, p)
+        out["sparse"][q, p] = math.fsum(own[term] * other[term] for term in own.keys() & other.keys())
+        mine = queries.colbert[q][queries.colbert_mask[q]].astype(np.float64)
+        theirs = passages.colbert[p][passages.colbert_mask[p]].astype(np.float64)
+        if len(mine) and len(theirs):
+            out["colbert"][q, p] = np.mean([max(vector @ other for other in theirs) for vector in mine])
+        out["hybrid"][q, p] = sum(
+            w * out[name][q, p] for w, name in zip(weights, ("dense", "sparse", "colbert"), strict=True)
+        )
+    return out
+
+
+def full_array_scores(queries, passages):
+    """The same with everything at once: a vocabulary axis per token, and [q, i, p, j] of all pairs."""
+
+    def vocabulary(text):
+        present = text.token_ids[..., None] == jnp.arange(VOCABULARY)
+        best = jnp.where(present, text.token_weights[..., None], -1.0).max(axis=1)
+        return jnp.where(present.any(axis=1), best, 0.0)
+
+    similar = jnp.einsum("qic,pjc->qipj", queries.colbert, passages.colbert)
+    best = jnp.where(passages.colbert_mask, similar, -1e9).max(axis=3)
+    counted = queries.colbert_mask[:, :, None]
+    dense = queries.dense @ passages.dense.T
+    sparse = vocabulary(queries) @ vocabulary(passages).T
+    colbert = jnp.where(counted, best, 0.0).sum(axis=1) / counted.sum(axis=1)
+    return {"dense": dense, "sparse": sparse, "colbert": colbert, "hybrid": dense + 0.3 * sparse + colbert}
+
+
+def differentiable(text):
+    """The parts that have a gradient, as a dict; `place` puts them back."""
+    return {"dense": text.dense, "token_weights": text.token_weights, "colbert": text.colbert}
+
+
+def place(text, parts):
+    return Representations(token_ids=text.token_ids, colbert_mask=text.colbert_mask, **parts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def compiled(scores, elements, queries, passages, direction):
+    """Values and gradients of Σ direction · score; `elements` stands for the block size, which jit does not see."""
+
+    def total(q, p):
+        values = scores(place(queries, q), place(passages, p))
+        return sum((values[name] * direction[name]).sum() for name in NAMES), values
+
+    grads, values = jax.grad(total, argnums=(0, 1), has_aux=True)(differentiable(queries), differentiable(passages))
+    return values, grads
+
+
+def gradients(scores, queries, passages, direction=None):
+    """The four matrices, and the gradients of a random weighted sum of them for both sides."""
+    if direction is None:
+        rng = np.random.default_rng(0)
+        shape = (len(queries.dense), len(passages.dense))
+        direction = {name: rng.normal(size=shape).astype(np.float32) for name in NAMES}
+    given = compiled(scores, m3jax.scores._BLOCK_ELEMENTS, queries, passages, direction)
+    return jax.tree.map(np.asarray, given)
+
+
+def assert_close(got, expected, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), got, expected)
+
+
+def test_values_of_the_naive_loops():
+    queries, passages = both(0)
+    got, _ = gradients(all_scores, queries, passages)
+    expected = naive_scores(queries, passages)
+    for name in NAMES:
+        assert got[name].dtype == np.float32
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert (expected["sparse"] > 0).mean() > 0.5  # else this shows nothing
+
+
+@pytest.mark.parametrize("elements", [1, 4 * 7 * 9 * 2, 1 << 24])
+def test_gradients_of_the_full_arrays_at_any_block_size(elements, monkeypatch):
+    monkeypatch.setattr(m3jax.scores, "_BLOCK_ELEMENTS", elements)
+    queries, passages = both(2)
+    assert_close(gradients(all_scores, queries, passages), gradients(full_array_scores, queries, passages))
+
+
+def test_gradients_by_finite_differences():
+    queries, passages = representations(2, 4, 4, width=3), representations(3, 5, 5, width=3)
+    direction = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+
+    def total(q, p):
+        return (all_scores(place(queries, q), place(passages, p))["hybrid"] * direction).sum()
+
+    parts = (differentiable(queries), differentiable(passages))
+    grads = jax.jit(jax.grad(total, argnums=(0, 1)))(*parts)
+    step = 1e-4
+    for side, name in [(s, n) for s in (0, 1) for n in parts[0]]:
+        for index in np.ndindex(parts[side][name].shape):
+            if name == "token_weights" and parts[side][name][index] == 0:
+                continue  # a kink: the max with 0
+            ends = []
+            for sign in (1, -1):
+                moved = [{n: np.float64(x) for n, x in part.items()} for part in parts]
+                moved[side][name][index] += sign * step
+                ends.append(
+                    (naive_scores(place(queries, moved[0]), place(passages, moved[1]))["hybrid"] * direction).sum()
+                )
+            np.testing.assert_allclose(grads[side][name][index], (ends[0] - ends[1]) / (2 * step), atol=1e-5)
+
+
+def test_padding_changes_nothing():
+    queries, passages = both(6)
+
+    def padded(text, extra, garbage):
+        rows = len(text.dense)
+        vectors = np.full((rows, extra, text.colbert.shape[2]), garbage, np.float32)
+        return Representations(
+            dense=text.dense,
+            token_ids=np.concatenate([text.token_ids, np.ones((rows, extra), np.int32)], axis=1),
+            token_weights=np.concatenate([text.token_weights, np.zeros((rows, extra), np.float32)], axis=1),
+            colbert=np.concatenate([text.colbert, vectors], axis=1),
+            colbert_mask=np.concatenate([text.colbert_mask, np.zeros((rows, extra), bool)], axis=1),
+        )
+
+    values, (query_grads, passage_grads) = gradients(all_scores, queries, passages)
+    long_values, long_grads = gradients(all_scores, padded(queries, 3, 0.7), padded(passages, 5, -0.7))
+    assert_close(long_values, values)
+    for long, short in zip(long_grads, (query_grads, passage_grads), strict=True):
+        np.testing.assert_allclose(long["dense"], short["dense"], atol=1e-6)
+        for name in ("token_weights", "colbert"):
+            kept, rest = np.split(long[name], [short[name].shape[1]], axis=1)
+            np.testing.assert_allclose(kept, short[name], atol=1e-6)
+            assert not rest.any()
+
+
+@pytest.mark.parametrize("garbage", [1e30, np.inf, np.nan])
+def test_masked_colbert_tokens_may_hold_anything(garbage):
+    queries, passages = both(8)
+    expected = gradients(all_scores, queries, passages)
+
+    def spoiled(text):
+        vectors = np.where(text.colbert_mask[..., None], text.colbert, garbage).astype(np.float32)
+        return place(text, differentiable(text) | {"colbert": vectors})
+
+    values, grads = gradients(all_scores, spoiled(queries), spoiled(passages))
+    assert_close((values, grads), expected)
+    for text, grad in zip((queries, passages), grads, strict=True):
+        assert not grad["colbert"][~text.colbert_mask].any()
+
+
+def test_the_max_of_colbert_may_be_negative():
+    one = np.float32([[[1.0, 0.0]]])
+    other = np.float32([[[-1.0, 0.0], [0.0, 0.0]]])
+    score = jax.jit(colbert_scores)(one, np.ones((1, 1), bool), other, np.array([[True, False]]))
+    assert float(score[0, 0]) == -1.0  # the peer's padding of zeros gives 0 (PEER §2, 5)
+
+
+def test_a_text_without_tokens_scores_0_and_gives_no_nan():
+    queries, passages = both(10)
+    queries.colbert_mask[1] = False
+    passages.colbert_mask[2] = False
+    queries.token_weights[1] = 0
+    values, grads = gradients(all_scores, queries, passages)
+    for name in ("colbert", "sparse"):
+        assert not values[name][1].any()
+    assert not values["colbert"][:, 2].any() and values["colbert"][0, :2].all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    assert_close(values, naive_scores(queries, passages))
+
+
+def test_permuting_rows_permutes_scores():
+    queries, passages = both(12)
+    rows, columns = np.array([2, 0, 3, 1]), np.array([4, 1, 0, 3, 2])
+    direction = {name: np.random.default_rng(1).normal(size=(4, 5)).astype(np.float32) for name in NAMES}
+    values, (query_grads, passage_grads) = gradients(all_scores, queries, passages, direction)
+    turned, (turned_query_grads, turned_passage_grads) = gradients(
+        all_scores,
+        jax.tree.map(lambda x: x[rows], queries),
+        jax.tree.map(lambda x: x[columns], passages),
+        jax.tree.map(lambda x: x[rows][:, columns], direction),
+    )
+    assert_close(turned, jax.tree.map(lambda x: x[rows][:, columns], values))
+    assert_close(turned_query_grads, jax.tree.map(lambda x: x[rows], query_grads))
+    assert_close(turned_passage_grads, jax.tree.map(lambda x: x[columns], passage_grads))
+
+
+def test_permuting_tokens_changes_nothing():
+    queries, passages = both(14)
+    order = np.array([5, 3, 0, 1, 4, 2, 6])
+    turned = Representations(
+        dense=queries.dense,
+        token_ids=queries.token_ids[:, order],
+        token_weights=queries.token_weights[:, order],
+        colbert=queries.colbert[:, order],
+        colbert_mask=queries.colbert_mask[:, order],
+    )
+    assert_close(gradients(all_scores, turned, passages)[0], gradients(all_scores, queries, passages)[0])
+
+
+def test_a_repeated_term_counts_once():
+    query, passage = (
+        (np.array([[5, 9, 5, 5]]), np.float32([[0.25, 1.0, 0.5, 0.125]])),
+        (np.array([[9, 5, 9]]), np.float32([[4, 2, 3]])),
+    )
+    assert jax.jit(sparse_scores)(*query, *passage).tolist() == [[0.5 * 2 + 1 * 4]]
+
+
+def test_term_weights_are_the_max_of_each_id():
+    text = representations(6, 9, 16)
+    ids, weights = map(np.asarray, jax.jit(term_weights)(text.token_ids, text.token_weights))
+    for row in range(6):
+        assert (np.diff(ids[row]) >= 0).all()
+        got = {int(i): float(w) for i, w in zip(ids[row], weights[row], strict=True) if w > 0}
+        expected = {}
+        for i, w in zip(text.token_ids[row].tolist(), text.token_weights[row].tolist(), strict=True):
+            if w > 0:
+                expected[i] = max(w, expected.get(i, 0.0))
+        assert got == expected
+        assert np.count_nonzero(weights[row]) == len(expected)  # one slot a term
+
+
+def test_equal_maxima_share_the_gradient():
+    ids = np.array([[5, 5, 5, 9]])
+    grad = jax.grad(lambda w: (term_weights(ids, w)[1] * np.float32([8.0, 2.0, 2.0, 1.0])).sum())(
+        np.float32([[0.5, 0.25, 0.5, 0.1]])
+    )
+    assert grad.tolist() == [[4.0, 0.0, 4.0, 1.0]]
+
+
+def test_hybrid_weights():
+    dense, sparse, colbert = (np.float32([x]) for x in (1.0, 10.0, 100.0))
+    assert hybrid_scores(dense, sparse, colbert).tolist() == [104.0]
+    assert hybrid_scores(dense, sparse, colbert, (0.25, 0.5, 2.0)).tolist() == [205.25]
+    queries, passages = both(17)
+    got = jax.jit(all_scores, static_argnums=2)(queries, passages, (0.15, 0.5, 0.35))["hybrid"]
+    np.testing.assert_allclose(got, naive_scores(queries, passages, (0.15, 0.5, 0.35))["hybrid"], rtol=1e-5)
+
+
+def test_products_of_half_precision_add_up_in_float32():
+    rng = np.random.default_rng(19)
+    q, p = (jnp.asarray(rng.normal(size=(3, 512)), jnp.bfloat16) for _ in range(2))
+    mask = np.ones((3, 1), bool)
+    expected = np.asarray(q, np.float64) @ np.asarray(p, np.float64).T
+    for got in (dense_scores(q, p), colbert_scores(q[:, None], mask, p[:, None], mask)):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def array_shapes(jaxpr):
+    """Shapes of all arrays that a jaxpr makes, those of inner jaxprs included."""
+    own = {v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars}
+    return own.union(*(array_shapes(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params)))
+
+
+def live_shapes(function, *args):
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return array_shapes(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def test_no_array_holds_all_tokens_of_all_pairs():
+    # PEER §3: 48 queries × 8 passages of 512 tokens, where the peer holds 48 · 512 · 384 · 512 scores for the backward pass.
+    def text(rows, length=512, width=1024):
+        shape = jax.ShapeDtypeStruct
+        return Representations(
+            dense=shape((rows, width), jnp.float32),
+            token_ids=shape((rows, length), jnp.int32),
+            token_weights=shape((rows, length), jnp.float32),
+            colbert=shape((rows, length, width), jnp.float32),
+            colbert_mask=shape((rows, length), bool),
+        )
+
+    def loss(q, p, queries, passages):
+        scores = all_scores(place(queries, q), place(passages, p))
+        return m3_loss(scores, jnp.arange(48) * 8, distill=1.0)[0]
+
+    queries, passages = text(48), text(384)
+    made = live_shapes(
+        jax.value_and_grad(loss, argnums=(0, 1)), differentiable(queries), differentiable(passages), queries, passages
+    )
+    assert max(map(math.prod, made)) == 384 * 512 * 1024  # the gradient of the passages' vectors
+    blocks = [math.prod(shape) for shape in made if {48, 512} <= set(shape) and 1024 not in shape]
+    assert max(blocks) == 48 * 512 * 512 <= m3jax.scores._BLOCK_ELEMENTS
+
+
+@pytest.mark.parametrize("elements", [1 << 10, 1 << 24])
+def test_training_holds_no_vocabulary_axis_but_the_tables(elements, monkeypatch):
+    monkeypatch.setattr(m3jax.scores, "_BLOCK_ELEMENTS", elements)
+    config = M3Config(num_hidden_layers=1)
+    assert config.vocab_size == 250002
+
+    def loss(params, ids, passage_ids):
+        queries, passages = (apply(config, params, x, x != 1) for x in (ids, passage_ids))
+        return m3_loss(all_scores(queries, passages), jnp.arange(4) * 2, distill=1.0)[0]
+
+    ids, passage_ids = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 32), (8, 64)))
+    made = live_shapes(jax.value_and_grad(loss), shapes(config), ids, passage_ids)
+    assert {shape for shape in made if config.vocab_size in shape} == {(config.vocab_size, config.hidden_size)}
+    assert ((4, 32, 8, 64) in made) == (elements > 4 * 32 * 8 * 64)  # all tokens of all pairs only where they are few

@@ -1,0 +1,196 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import m3jax.xlm_roberta
+from m3jax.config import M3Config
+from m3jax.xlm_roberta import Encoder, positions_from_ids
+
+CONFIG = M3Config.tiny(
+    vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=24, max_position_embeddings=40, pooler=False
+)
+GRAPH = nnx.split(nnx.eval_shape(lambda: Encoder(CONFIG, nnx.Rngs(0))))[0]
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random everywhere, biases and LayerNorm too, and far from the small initial values, which attend to all alike."""
+    rng = np.random.default_rng(0)
+    shapes = nnx.to_pure_dict(nnx.eval_shape(lambda: nnx.state(Encoder(CONFIG, nnx.Rngs(0)))))
+    return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+
+
+def encode(params, ids, positions, segments, **options):
+    return nnx.merge(GRAPH, params)(ids, positions, segments, **options)
+
+
+@jax.jit
+def values_and_gradients(params, ids, positions, segments, direction):
+    """Hidden states, and the gradient of Σ direction · hidden for every parameter."""
+
+    def total(params):
+        hidden = encode(params, ids, positions, segments)
+        return (hidden * direction).sum(), hidden
+
+    grads, hidden = jax.grad(total, has_aux=True)(params)
+    return hidden, grads
+
+
+def assert_same(got, expected, rtol=1e-4, atol=1e-4):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, expected)
+
+
+def naive_encoder(params, ids):
+    """XLM-RoBERTa of one text in float64, token by token and head by head, as its paper and PAPER §1 describe it."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    erf = np.vectorize(math.erf)
+
+    def norm(x, layer):
+        centred = x - x.mean()
+        return centred / np.sqrt((centred**2).mean() + 1e-5) * layer["scale"] + layer["bias"]
+
+    def linear(x, layer):
+        return x @ layer["kernel"] + layer["bias"]
+
+    tables = p["embeddings"]
+    hidden, position = [], 1
+    for token in ids:
+        position += token != 1
+        row = tables["position_embeddings"]["embedding"][position if token != 1 else 1]
+        token_type = tables["token_type_embeddings"]["embedding"][0]
+        hidden.append(norm(tables["word_embeddings"]["embedding"][token] + row + token_type, tables["layer_norm"]))
+    for number in range(CONFIG.num_hidden_layers):
+        layer = p["layers"][number]
+        q, k, v = (np.stack([linear(x, layer[name]) for x in hidden]) for name in "qkv")
+        after = []
+        for i, x in enumerate(hidden):
+            heads = []
+            for h in range(CONFIG.num_attention_heads):
+                own = slice(h * CONFIG.head_dim, (h + 1) * CONFIG.head_dim)
+                scores = np.array([q[i, own] @ k[j, own] for j in range(len(ids))]) / math.sqrt(CONFIG.head_dim)
+                weights = np.exp(scores - scores.max())
+                heads.append(sum(w * v[j, own] for j, w in enumerate(weights / weights.sum())))
+            x = norm(x + linear(np.concatenate(heads), layer["attention_out"]), layer["attention_norm"])
+            up = linear(x, layer["up"])
+            x = norm(x + linear(up * 0.5 * (1 + erf(up / math.sqrt(2))), layer["down"]), layer["output_norm"])
+            after.append(x)
+        hidden = after
+    return np.stack(hidden)
+
+
+TEXTS = ([0, 7, 8, 9, 2], [0, 30, 1, 31, 7, 7, 2], [0, 2], [0, 5, 6, 2])  # the second has a literal <pad>
+
+
+def rows(texts, length, fill=1):
+    """ids, positions and segments, one text a row."""
+    ids = np.full((len(texts), length), fill, np.int32)
+    segments = np.zeros((len(texts), length), np.int32)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+        segments[row, : len(text)] = 1
+    return ids, np.asarray(positions_from_ids(ids, 1)), segments
+
+
+def test_positions():
+    ids = np.random.default_rng(0).integers(0, 4, (5, 12))
+    got = np.asarray(positions_from_ids(ids, 1))
+    for row in range(5):
+        for i in range(12):
+            before = sum(1 for id in ids[row, : i + 1] if id != 1)
+            assert got[row, i] == (1 if ids[row, i] == 1 else 1 + before)
+    assert positions_from_ids(jnp.array([[0, 9, 7, 9, 2, 7]]), 7).tolist() == [[8, 9, 7, 10, 11, 7]]
+
+
+def test_naive_encoder(params):
+    ids, positions, segments = rows(TEXTS, 9)
+    hidden, _ = values_and_gradients(params, ids, positions, segments, np.ones((4, 9, 16), np.float32))
+    assert hidden.dtype == jnp.float32
+    for row, text in enumerate(TEXTS):
+        np.testing.assert_allclose(hidden[row, : len(text)], naive_encoder(params, text), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_nothing(params):
+    direction = np.random.default_rng(1).normal(size=(4, 12, 16)).astype(np.float32)
+    ids, positions, segments = rows(TEXTS, 9)
+    direction = direction[:, :9] * segments[..., None]
+    hidden, grads = values_and_gradients(params, ids, positions, segments, direction)
+    longer = (*rows(TEXTS, 12), np.pad(direction, ((0, 0), (0, 3), (0, 0))))
+    got, got_grads = values_and_gradients(params, *longer)
+    assert_same(got[:, :9][segments > 0], hidden[segments > 0])
+    assert_same(got_grads, grads)
+    # What stands in the padding does not matter either.
+    got, got_grads = values_and_gradients(params, *rows(TEXTS, 9, fill=40), direction)
+    assert_same(got[segments > 0], hidden[segments > 0])
+    assert_same(got_grads, grads)
+
+
+def test_packed_rows_are_separate_rows(params):
+    ids, positions, segments = rows(TEXTS, 9)
+    direction = np.random.default_rng(2).normal(size=(4, 9, 16)).astype(np.float32) * segments[..., None]
+    hidden, grads = values_and_gradients(params, ids, positions, segments, direction)
+    places = [(0, 0), (0, 5), (1, 0), (1, 2)]  # row and column of each text in two packed rows
+    packed = [np.ones((2, 13), np.int32), np.ones((2, 13), np.int32), np.zeros((2, 13), np.int32)]
+    packed_direction = np.zeros((2, 13, 16), np.float32)
+    for text, (row, start) in enumerate(places):
+        place = np.s_[row, start : start + len(TEXTS[text])]
+        for whole, part in zip(packed, (ids, positions, segments * (1 + text)), strict=True):
+            whole[place] = part[text, : len(TEXTS[text])]
+        packed_direction[place] = direction[text, : len(TEXTS[text])]
+    got, got_grads = values_and_gradients(params, *packed, packed_direction)
+    for text, (row, start) in enumerate(places):
+        size = len(TEXTS[text])
+        assert_same(got[row, start : start + size], hidden[text, :size])
+    assert_same(got_grads, grads)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_remat_changes_nothing(params, dropout):
+    ids, positions, segments = rows(TEXTS, 9)
+    key = jax.random.key(0) if dropout else None
+
+    def total(params, remat):
+        hidden = encode(params, ids, positions, segments, dropout=dropout, key=key, remat=remat)
+        return (hidden * segments[..., None]).sum() + (hidden**3).mean()
+
+    run = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    assert_same(run(params, True), run(params, False))
+    checkpoints = [str(jax.make_jaxpr(total, static_argnums=1)(params, remat)).count("checkpoint[") for remat in (0, 1)]
+    assert checkpoints == [0, CONFIG.num_hidden_layers]
+
+
+def test_dropout(params):
+    ids, positions, segments = rows(TEXTS, 9)
+    run = jax.jit(
+        lambda params, key, dropout: encode(params, ids, positions, segments, dropout=dropout, key=key),
+        static_argnums=2,
+    )
+    plain = run(params, None, 0.0)
+    one, two = jax.random.split(jax.random.key(0))
+    np.testing.assert_array_equal(run(params, one, 0.0), plain)
+    np.testing.assert_array_equal(run(params, one, 0.3), run(params, one, 0.3))
+    assert np.abs(run(params, one, 0.3) - run(params, two, 0.3)).max() > 0.1
+    assert np.abs(run(params, one, 0.3) - plain).max() > 0.1
+
+
+def test_dropout_keeps_the_mean():
+    x = jnp.full((200, 500), 3.0)
+    dropped = np.asarray(m3jax.xlm_roberta._drop(x, 0.25, jax.random.key(0)))
+    assert set(np.unique(dropped)) == {0.0, 4.0}
+    assert abs(dropped.mean() - 3.0) < 5 * math.sqrt(3.0 / dropped.size)  # 5 standard errors: variance 4² · ¾ · ¼
+
+
+def test_every_dropout_has_a_key_of_its_own(params, monkeypatch):
+    used = []
+
+    def record(x, rate, key):
+        used.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+        return x
+
+    monkeypatch.setattr(m3jax.xlm_roberta, "_drop", record)
+    with jax.disable_jit():
+        encode(params, *rows([[0, 2]], 2), dropout=0.1, key=jax.random.key(0))
+    assert len(used) == len(set(used)) == 1 + 2 * CONFIG.num_hidden_layers

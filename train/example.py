@@ -1,0 +1,48 @@
+"""One worked example of a trained model: a query, the first passages by each function, and the terms that they share.
+
+Not here: how it is shown (report.py).
+"""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import m3jax
+from m3jax.model import M3
+from train.evaluate import Task
+
+Runs = Mapping[str, Mapping[str, Mapping[str, float]]]  # function → query id → passage id → score
+
+
+def worked_example(
+    m3: M3, task: Task, runs: Runs, pattern: str, language: str, *, passages: int = 3
+) -> dict[str, Any] | None:
+    """The first query (by id) that matches the pattern, as the "example" of results.json; None where none matches.
+
+    The terms marked in a passage are those whose weights multiply to its sparse score, heaviest product first.
+    """
+    found = sorted(query for query in task.qrels if fnmatch.fnmatch(query, pattern))
+    if not found:
+        return None
+    query = found[0]
+    own = m3jax.encode(m3, task.queries[query], dense=False).lexical_weights
+    assert isinstance(own, dict)
+
+    def shared(text: str) -> list[str]:
+        theirs = m3jax.encode(m3, text, dense=False).lexical_weights
+        assert isinstance(theirs, dict)
+        return list(m3.tokens({term: own[term] * theirs[term] for term in own.keys() & theirs.keys()}))
+
+    tops = {}
+    for function, run in runs.items():
+        best = sorted(run.get(query, {}).items(), key=lambda item: -item[1])[:passages]
+        tops[function] = [
+            {
+                "text": task.corpus[passage],
+                "score": score,
+                "relevant": task.qrels[query].get(passage, 0) > 0,
+                "matched": shared(task.corpus[passage]),
+            }
+            for passage, score in best
+        ]
+    return {"query": task.queries[query], "tops": tops} | ({"language": language} if language else {})

@@ -1,0 +1,331 @@
+"""The story of a run: prepare → build → restore → (step, log, evaluate, save)* → release → report.
+
+Not here: what a step computes (step.py), what a measure means (evaluate.py), how results look (report.py).
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict, FrozenConfigDict
+from tqdm import tqdm
+
+import m3jax
+from m3jax.config import M3Config
+from m3jax.model import M3, cast, init
+from m3jax.sharding import make_mesh
+from m3jax.tokenization import Tokenizer
+from train.checkpoints import Checkpoints
+from train.console import describe, libraries_to, say
+from train.data import cldr
+from train.data.builders import prepare
+from train.data.pipeline import Batch, LengthGroup, make_batches
+from train.evaluate import Evaluation, Task, evaluate, read_task
+from train.example import worked_example
+from train.optimizer import learning_rate, make_optimizer
+from train.report import format_example, format_table, write_report
+from train.step import TrainState, make_state, make_step
+
+_DEMO = "cldr"
+
+
+def train(config: ConfigDict) -> dict[str, Any]:
+    """Run `config` (every key is in configs/base.py) from its beginning or its last checkpoint to its report.
+
+    Returns the content of results.json. Raises ValueError, before training starts, on data, sizes or settings that cannot
+    be trained, and during it on a loss that is not finite.
+    """
+    run = Path(config.output)
+    run.mkdir(parents=True, exist_ok=True)
+    with libraries_to(run / "log.txt"):
+        return _train(config, run)
+
+
+def _train(config: ConfigDict, run: Path) -> dict[str, Any]:
+    clock = _Clock()
+    dev, tests = _tasks(config)
+    m3 = _start(config)
+    source = prepare(
+        [_path(config, path) for path in _listed(config.data.train)],
+        m3.tokenizer,
+        data_dir=config.data.folder,
+        query_max_length=config.query_max_length,
+        passage_max_length=config.passage_max_length,
+    )
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    groups = _length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    say(describe(config, m3, len(source), mesh.size))
+    clock.lap("prepare")
+    untrained = _untrained(config, run, m3, tests)
+    clock.lap("evaluate")
+
+    settings = {key: config[key] for key in ("seed", "length_groups", "group_size", "steps", "distill_start")}
+    settings |= {"train": config.data.train, "rows": len(source)}
+    optimizer = make_optimizer(config)
+    with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
+        state = make_state(m3.params, optimizer, mesh)
+        first = saved.last or 0
+        if first:
+            state = saved.restore(m3.config, state)
+            say(f"going on after step {first}")
+        log = _Log(run / "metrics.jsonl", after=first)
+        batches = make_batches(
+            source,
+            seed=config.seed,
+            groups=groups,
+            group_size=config.group_size,
+            start_step=first,
+            num_steps=config.steps,
+            pad_id=m3.tokenizer.pad_id,
+        )
+        step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
+        for done, state in _steps(config, step, state, batches, first, log):
+            last = done == config.steps
+            if dev and (last or done % config.evaluate_every == 0):
+                clock.lap("train")
+                log.write(done, _dev_scores(config, _model(m3, state), dev))
+                clock.lap("evaluate")
+            if last or done % config.save_every == 0:
+                saved.save(m3.config, m3.tokenizer, state, done)
+        trained = _model(m3, state)
+    clock.lap("train")
+
+    m3jax.save(trained, run / "model")
+    evaluations = [_evaluate(config, trained, task, "trained") for task in tests]
+    example = None
+    if tests:
+        example = worked_example(trained, tests[0], evaluations[0].runs, config.example.query, config.example.language)
+    clock.lap("evaluate")
+    results = {
+        "name": config.name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": config.to_dict(),
+        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
+        "seconds": clock.seconds(),
+        "hardware": f"{mesh.size} × {jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} CPU cores)",
+        "versions": {name: importlib.metadata.version(name) for name in ("m3jax", "jax", "flax", "optax")},
+        "commands": _next_commands(config, run),
+        "model": "model",
+        "evaluations": [one.to_dict() | {"model": "trained"} for one in evaluations] + untrained,
+        "example": example,
+    }
+    _write_json(run / "results.json", results)
+    report = write_report(run)
+    say("\n" + format_table(results))
+    if example:
+        say("\n" + format_example(example, bold=os.isatty(1)))
+    say(f"\nmodel   {run / 'model'}\nreport  {report}\nin {results['seconds']['total']:.0f} s; to try next:")
+    for command in results["commands"]:
+        say(f"  {command}")
+    return results
+
+
+def _steps(
+    config: ConfigDict, step: Any, state: TrainState, batches: Iterable[Batch], first: int, log: "_Log"
+) -> Iterator[tuple[int, TrainState]]:
+    """Run the steps, giving (steps done, state) after each; measures are written one step late, while the next one runs."""
+    rate = learning_rate(config)
+    shapes: set[tuple[int, ...]] = set()
+    waiting: tuple[int, dict[str, jax.Array], int] | None = None
+    timer = time.perf_counter()
+
+    def finish() -> None:
+        nonlocal timer
+        assert waiting is not None
+        number, measures, tokens = waiting
+        values = {name: float(value) for name, value in measures.items()}
+        if not math.isfinite(values["loss"]):
+            wrong = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+            raise ValueError(
+                f"every measure of a step must be finite, but in step {number} these are not: {wrong}. The last checkpoint "
+                "is as it was; lower learning_rate, or look at the rows of that step"
+            )
+        if number - 1 < config.distill_start or config.distill_start < 0:
+            values = {name: value for name, value in values.items() if not name.startswith("distill/")}
+        now = time.perf_counter()
+        values |= {"learning_rate": float(rate(number - 1)), "tokens_per_second": tokens / (now - timer)}
+        timer = now
+        if number % config.log_every == 0 or number in (1, config.steps):
+            log.write(number, values)
+            bar.set_postfix({name.split("/")[-1]: f"{values[name]:.3f}" for name in _SHOWN}, refresh=False)
+        bar.update()
+
+    # Redrawn twice a second on a terminal; in a file, where every redrawing stays, each half minute.
+    interval = 0.5 if os.isatty(2) else 30
+    with tqdm(total=config.steps, initial=first, unit="step", desc="train", mininterval=interval) as bar:
+        for done, batch in enumerate(batches, first + 1):
+            shape = (batch.query_ids.shape[1], *batch.passage_ids.shape)
+            if shape not in shapes:
+                shapes.add(shape)
+                say(f"compiling for {len(batch.query_ids)} queries of {shape[0]} and {shape[1]} passages of {shape[2]} tokens …")
+            state, measures = step(state, batch)
+            if waiting:
+                finish()
+            waiting = done, measures, int(batch.query_mask.sum() + batch.passage_mask.sum())
+            if done == config.steps:
+                finish()
+            yield done, state
+
+
+_SHOWN = ("loss", "loss/dense", "loss/sparse", "loss/colbert", "loss/hybrid")
+
+
+class _Log:
+    """metrics.jsonl: one JSON object a line; lines after the step that a run goes on from are taken out first."""
+
+    def __init__(self, path: Path, *, after: int):
+        kept = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= after] if after else []
+        self._path = path
+        self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        seconds = round(time.perf_counter() - self._began, 3)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "seconds": seconds} | values) + "\n")
+
+
+class _Clock:
+    """Seconds of a run by what they went to."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap went to `name`."""
+        now = time.perf_counter()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        return {name: round(value, 1) for name, value in (self._laps | {"total": self._last - self._began}).items()}
+
+
+def _listed(paths: str) -> list[str]:
+    return [path.strip() for path in paths.split(",") if path.strip()]
+
+
+def _path(config: ConfigDict, path: str) -> Path:
+    """A path of the config; those under "cldr" lie in the embedded demo set, which is written on first use."""
+    if path.split("/")[0] != _DEMO:
+        return Path(path)
+    # Written for this seed by this version of the code; a directory is there when it is complete.
+    folder = Path(config.data.folder) / f"{_DEMO}-{m3jax_version()}-{config.seed}"
+    if not folder.exists():
+        say("writing the embedded demo set …")
+        partial = folder.with_name(folder.name + ".partial")
+        cldr.write_demo(partial, seed=config.seed)
+        partial.rename(folder)
+    return folder / (path.removeprefix(_DEMO).removeprefix("/") or "train.jsonl")
+
+
+def m3jax_version() -> str:
+    return importlib.metadata.version("m3jax")
+
+
+def _tasks(config: ConfigDict) -> tuple[Task | None, list[Task]]:
+    dev = read_task(_path(config, config.data.dev)) if config.data.dev else None
+    return dev, [read_task(_path(config, path)) for path in _listed(config.data.test)]
+
+
+def _start(config: ConfigDict) -> M3:
+    """The model to train, its parameters float32: that of `init_from`, or random weights of the config's sizes."""
+    if not config.data.train:
+        raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
+    if config.init_from:
+        m3 = m3jax.load(config.init_from, dtype="float32", heads=config.heads)
+    else:
+        named = config.tokenizer
+        if not named and _DEMO in _listed(config.data.train):
+            named = str(_path(config, f"{_DEMO}/tokenizer.json"))
+        if not named:
+            raise ValueError("random weights need a tokenizer: give --config.tokenizer=tokenizer.json, or --config.init_from")
+        tokenizer = Tokenizer.from_file(named)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "pad", "eos", "unk")}
+        sizes = {"colbert_dim": config.model.hidden_size} | config.model.to_dict()
+        model = M3Config(vocab_size=tokenizer.vocab_size, **sizes, **ids)
+        m3 = M3(model, init(model, jax.random.key(config.seed)), tokenizer)
+    for key in ("query_max_length", "passage_max_length"):
+        if config[key] > m3.config.max_length:
+            raise ValueError(f"{key} must fit the position table, at most {m3.config.max_length}, got {config[key]}")
+    return m3
+
+
+def _length_groups(config: ConfigDict, rows: int) -> list[LengthGroup]:
+    """The config's length groups; ValueError where a batch does not divide by the devices that share its rows."""
+    for length, batch in config.length_groups:
+        if batch % rows:
+            near = batch // rows * rows
+            raise ValueError(
+                f"the batch of a length group must divide by the {rows} devices of the axes data × fsdp: up to {length} "
+                f"tokens it is {batch}; the nearest sizes are {f'{near} and ' if near else ''}{near + rows}"
+            )
+    return [LengthGroup(*group) for group in config.length_groups]
+
+
+def _model(m3: M3, state: TrainState) -> M3:
+    """The model as trained so far; it shares the state's buffers, which the next step takes over."""
+    return dataclasses.replace(m3, params=cast(state.params, "float32"))
+
+
+def _untrained(config: ConfigDict, run: Path, m3: M3, tests: list[Task]) -> list[dict[str, Any]]:
+    """Scores before the first step; a run that goes on keeps those that it measured."""
+    if not config.evaluate_untrained:
+        return []
+    kept = run / "untrained.json"
+    if not (kept.exists() and (run / "checkpoints").exists()):
+        say("measuring the untrained model …")
+        measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]
+        _write_json(kept, measured)
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def _evaluate(config: ConfigDict, m3: M3, task: Task, name: str) -> Evaluation:
+    """All five functions on one set; BM25, which no training changes, beside the trained model only."""
+    return evaluate(
+        m3,
+        task,
+        max_length=config.passage_max_length,
+        query_max_length=config.query_max_length,
+        baseline=name == "trained",
+    )
+
+
+def _dev_scores(config: ConfigDict, m3: M3, dev: Task) -> dict[str, float]:
+    scores = evaluate(
+        m3, dev, max_length=config.passage_max_length, query_max_length=config.query_max_length, baseline=False
+    ).scores
+    return {f"dev/{function}/{metric}": value for function, of in scores.items() for metric, value in of.items()}
+
+
+def _next_commands(config: ConfigDict, run: Path) -> list[str]:
+    """Three commands that work as they stand on what the run left."""
+    model = run / "model"
+    commands = [
+        f"python -c \"import m3jax; m = m3jax.load('{model}'); print(m.tokens(m3jax.encode(m, 'Kenya').lexical_weights))\"",
+        f"python -m convert from-pytorch {model} {run / 'orbax'}",
+    ]
+    tests = _listed(config.data.test)
+    if tests:
+        commands.insert(1, f"python -m train.evaluate --model {model} --task custom --data {_path(config, tests[-1])}")
+    return commands
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write a file that is there when it is complete."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=list) + "\n", encoding="utf-8")
+    partial.replace(path)

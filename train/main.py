@@ -1,0 +1,39 @@
+"""`python -m train.main --config configs/quickstart.py`: one training run from its configuration.
+
+Not here: what a run does (loop.py) and what its keys mean (configs/base.py).
+"""
+
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; --config.KEY=VALUE changes a key.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the configuration; what a user can cause ends in one line, not in a traceback."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"every option starts with --config, got {' '.join(arguments[1:])}")
+    # Imported after the flags are read, so that a typo answers at once.
+    from train.loop import train
+
+    try:
+        train(_CONFIG.value)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def parse(arguments: Sequence[str]) -> list[str]:
+    """absl's parser, with a mistyped key answered in one line ("Did you mean …") instead of a traceback."""
+    try:
+        return flags.FLAGS(list(arguments))
+    except AttributeError as error:
+        raise SystemExit(f"error: --config has the keys of configs/base.py and no other: {error}") from error
+    except (flags.Error, FileNotFoundError, TypeError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse)

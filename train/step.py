@@ -1,0 +1,100 @@
+"""TrainState and the jitted training step: one global batch in, the next state and named measures out.
+
+Not here: where batches come from (data/pipeline.py), the optimiser's numbers (optimizer.py), the loop (loop.py).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from m3jax.config import M3Config
+from m3jax.losses import candidates, m3_loss
+from m3jax.model import Params, apply, cast
+from m3jax.representations import Representations
+from m3jax.scores import all_scores
+from m3jax.sharding import BATCH, shardings
+from train.data.pipeline import Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes: parameters, optimiser state, and the number of steps done (int32 []), which nothing restarts."""
+
+    params: Params
+    optimizer: Any
+    step: jax.Array
+
+
+def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step, placed on the mesh; the optimiser's moments lie where their parameters do."""
+    params = jax.device_put(params, shardings(params, mesh))
+    places = shardings(jax.eval_shape(optimizer.init, params), mesh)
+    # Without out_shardings the moments would be whole on every device, and the second step would compile again.
+    moments = jax.jit(optimizer.init, out_shardings=places)(params)
+    return TrainState(params, moments, jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec())))
+
+
+def loss_and_parts(
+    model: M3Config, config: FrozenConfigDict, params: Params, batch: Batch, distill: jax.Array, key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The M3 loss of one global batch, and its parts and the terms per text as measures.
+
+    Every query's candidates are all passages of the batch, on whichever device they lie, but its other positives.
+    """
+    query_key, passage_key = jax.random.split(key)
+    params = cast(params, config.dtype)
+    encoding = {"dropout": config.dropout, "remat": config.remat}
+    queries = apply(model, params, batch.query_ids, batch.query_mask, key=query_key, **encoding)
+    passages = apply(model, params, batch.passage_ids, batch.passage_mask, key=passage_key, **encoding)
+    rows, count = len(batch.query_ids), len(batch.passage_ids)
+    positives = jnp.arange(rows) * (count // rows)  # passages are query-major, the positive first
+    loss, parts = m3_loss(
+        all_scores(queries, passages, config.hybrid_weights),
+        positives,
+        temperature=config.temperature,
+        loss_weights=config.loss_weights,
+        distill=distill,
+        allowed=candidates(positives, batch.passage_identity, batch.known_identity),
+    )
+    measures = {"loss": loss} | {name if "/" in name else f"loss/{name}": value for name, value in parts.items()}
+    # A sparse head that collapses shows here first, long before a score does.
+    return loss, measures | {
+        "active_terms/query": _active_terms(queries),
+        "active_terms/passage": _active_terms(passages),
+    }
+
+
+def make_step(
+    model: M3Config, config: FrozenConfigDict, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step for states placed like `state`, whose buffers it takes over."""
+    root = jax.random.key(config.seed)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        distill = (config.distill_start >= 0) & (state.step >= config.distill_start)
+        key = jax.random.fold_in(root, state.step)
+
+        def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return loss_and_parts(model, config, params, batch, distill, key)
+
+        gradients, measures = jax.grad(loss, has_aux=True)(state.params)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        measures["gradient_norm"] = optax.tree.norm(gradients)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, moments, state.step + 1), measures
+
+    places = jax.tree.map(lambda x: x.sharding, state)
+    rows = NamedSharding(mesh, BATCH)
+    return jax.jit(step, in_shardings=(places, rows), out_shardings=(places, None), donate_argnums=0)
+
+
+def _active_terms(given: Representations) -> jax.Array:
+    """Terms with a weight above 0, a text, on average."""
+    return (given.token_weights > 0).sum() / len(given.token_weights)
