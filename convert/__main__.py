@@ -10,7 +10,9 @@ from m3jax import M3, checkpoint, weights
 
 def main(arguments: list[str] | None = None) -> None:
     """Convert, keeping every tensor's dtype and bits, and say what was written."""
-    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m convert", description="PyTorch directories to Orbax checkpoints and back."
+    )
     directions = parser.add_subparsers(dest="direction", required=True)
     for direction, source in (("from-pytorch", "a released directory"), ("to-pytorch", "an Orbax checkpoint of m3jax")):
         one = directions.add_parser(direction)

@@ -38,7 +38,7 @@ _HOME = {
     "search": "retrieval",
 }
 
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

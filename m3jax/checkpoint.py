@@ -53,7 +53,9 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
 
     step = _step(Path(directory).absolute())
     if step is None:
-        raise ValueError(f"{directory} must be an Orbax checkpoint of m3jax: a step with the items {PARAMS} and {MODEL}")
+        raise ValueError(
+            f"{directory} must be an Orbax checkpoint of m3jax: a step with the items {PARAMS} and {MODEL}"
+        )
     described = json.loads((step / MODEL / "metadata").read_text(encoding="utf-8"))
     config, tokenizer = M3Config(**described["config"]), Tokenizer.from_json(described["tokenizer"])
     handlers = {PARAMS: ocp.StandardCheckpointHandler(), MODEL: ocp.JsonCheckpointHandler()}

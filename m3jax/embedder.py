@@ -25,9 +25,7 @@ from m3jax.scores import term_weights
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(
-    directory: str | Path, *, dtype: str | None = None, heads: Literal["require", "init"] = "require"
-) -> M3:
+def load(directory: str | Path, *, dtype: str | None = None, heads: Literal["require", "init"] = "require") -> M3:
     """A model from a released directory (PyTorch weights) or an Orbax checkpoint of ours, on the first device.
 
     dtype: "float32", "bfloat16" or "float16", in which the matrix products run; None is float32 on CPU and bfloat16 on
@@ -142,9 +140,7 @@ class _Collected:
             term_ids, term_values = terms[0][:rows], terms[1][:rows]
             kept = term_values > 0
             starts = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
-            self._terms.append(
-                csr_matrix((term_values[kept], term_ids[kept], starts), shape=(rows, self._vocab_size))
-            )
+            self._terms.append(csr_matrix((term_values[kept], term_ids[kept], starts), shape=(rows, self._vocab_size)))
         if self._colbert is not None:
             for row, text, vectors in zip(batch.rows, ids, colbert, strict=False):
                 # A copy, so that a text does not keep its whole padded batch alive.
@@ -155,7 +151,7 @@ class _Collected:
         if self._terms is not None:
             if self._terms:
                 restore = np.argsort(np.concatenate(self._order))
-                terms = csr_matrix(vstack(self._terms, format="csr", dtype=np.float32)[restore])
+                terms = csr_matrix(vstack(self._terms, format="csr", dtype=np.float32))[restore]
             else:
                 terms = csr_matrix((0, self._vocab_size), dtype=np.float32)
         return Embeddings(dense=self._dense, terms=terms, colbert=self._colbert, single=single)

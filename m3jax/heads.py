@@ -26,8 +26,8 @@ class Heads(nnx.Module):
     """sparse_linear gives token weights, colbert_linear token vectors; the dense vector needs no parameters."""
 
     def __init__(self, config: M3Config, rngs: nnx.Rngs):
-        self.sparse_linear = linear(config, config.hidden_size, 1, rngs)
-        self.colbert_linear = linear(config, config.hidden_size, config.colbert_dim, rngs)
+        self.sparse_linear = linear(config.hidden_size, 1, rngs)
+        self.colbert_linear = linear(config.hidden_size, config.colbert_dim, rngs)
         self.unused_ids = config.unused_ids
 
     def __call__(

@@ -36,7 +36,10 @@ def candidates(
 
 
 def info_nce(
-    scores: Float[Array, "b p"], positives: Int[Array, "b"], temperature: float, allowed: Bool[Array, "b p"] | None = None
+    scores: Float[Array, "b p"],
+    positives: Int[Array, "b"],
+    temperature: float,
+    allowed: Bool[Array, "b p"] | None = None,
 ) -> Float[Array, ""]:
     """− mean over rows of log softmax(scores / temperature) at the positive's column.
 

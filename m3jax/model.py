@@ -20,7 +20,7 @@ from m3jax.sharding import path_name
 from m3jax.tokenization import Tokenizer
 from m3jax.xlm_roberta import Encoder, positions_from_ids
 
-Params = dict[str, Any]  # nested dict of arrays, the shape of `init`'s result
+Params = dict[Any, Any]  # nested dict of arrays, the shape of `init`'s result; layers have their number as key
 
 
 class Network(nnx.Module):
@@ -37,7 +37,8 @@ def _graph(config: M3Config) -> nnx.GraphDef[Network]:
 
 
 def init(config: M3Config, key: Key[Array, ""]) -> Params:
-    """Random float32 parameters: normal with std `initializer_range`, biases and the rows of `<pad>` zero."""
+    """Random float32 parameters: tables normal with std `initializer_range`, kernels 1/√inputs; biases and the rows of
+    `<pad>` zero."""
     return nnx.to_pure_dict(nnx.state(Network(config, nnx.Rngs(key))))
 
 
@@ -70,7 +71,7 @@ def unflatten(flat: Mapping[str, Any]) -> Params:
     tree: Params = {}
     for path, leaf in flat.items():
         *parents, last = (int(key) if key.isdecimal() else key for key in path.split("/"))
-        node = tree
+        node: Params = tree
         for key in parents:
             node = node.setdefault(key, {})
         node[last] = leaf

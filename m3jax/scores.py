@@ -26,9 +26,7 @@ def dense_scores(queries: Float[Array, "q d"], passages: Float[Array, "p d"]) ->
     return jnp.einsum("qd,pd->qp", queries, passages, preferred_element_type=jnp.float32)
 
 
-def term_weights(
-    ids: Int[Array, "b l"], weights: Float[Array, "b l"]
-) -> tuple[Int[Array, "b l"], Float[Array, "b l"]]:
+def term_weights(ids: Int[Array, "b l"], weights: Float[Array, "b l"]) -> tuple[Int[Array, "b l"], Float[Array, "b l"]]:
     """One weight a term: the max over its tokens, at one slot of the term; every other slot weighs 0.
 
     Slots come back sorted by id. The gradient goes to the token that has the max (in equal parts to equal ones).

@@ -4,6 +4,7 @@ Not here: any collective. The mathematics is written for the global arrays; XLA 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ _RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices with the axes data × fsdp × tensor; one size may be -1, the rest of the devices.
 
     Raises ValueError where the sizes do not give the number of devices.

@@ -117,13 +117,15 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
 def write(m3: M3, directory: str | Path) -> None:
     """Write a released directory that `read`, transformers, FlagEmbedding, sentence-transformers and vLLM read.
 
-    The encoder goes to `model.safetensors`; the heads go to the two `.pt` files, where FlagEmbedding and vLLM look. Parameters keep
-    their dtype. The directory appears under its name when it is complete; an existing one is replaced only if it is a
-    released directory itself.
+    The encoder goes to `model.safetensors`; the heads go to the two `.pt` files, where FlagEmbedding and vLLM look.
+    Parameters keep their dtype. The directory appears under its name when it is complete; an existing one is replaced only
+    if it is a released directory itself.
     """
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise ValueError(f"{directory} must be new, empty or an older model, but holds other files; choose another name")
+        raise ValueError(
+            f"{directory} must be new, empty or an older model, but holds other files; choose another name"
+        )
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

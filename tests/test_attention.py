@@ -51,7 +51,7 @@ def test_naive_softmax(length):
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("length", [4, 5, 12])
+@pytest.mark.parametrize("length", [5, 12])
 def test_blocks_equal_the_whole(length, monkeypatch):
     q, k, v, segments = inputs(length, batch=3, width=3)
     monkeypatch.setattr(m3jax.attention, "_BLOCK", 4)

@@ -44,6 +44,7 @@ def test_plan(lengths, batch_tokens, max_rows):
             assert b.row_count < 2 * len(b.rows)
         else:
             assert len(b.rows) == b.row_count == shapes.setdefault(b.length, b.row_count)
+            assert b.row_count < 8 or b.row_count % 8 == 0
             assert (b.row_count + 8) * b.length > batch_tokens or b.row_count + 8 > max_rows
     # A batch with fillers closes the texts or stands before lengths of half its own: 8192, 4096 … 256, and one ≤ 128.
     assert early <= 8

@@ -97,6 +97,7 @@ def test_relevant_are_all_passages_of_the_one_entry_in_other_languages(demo: Pat
         for entry, found in known.items():
             for name in found:
                 named[normalise(name)].add(entry)
+    facts = entry_facts()
     for name in SETS:
         corpus = [row["id"] for row in read(demo / name / "corpus.jsonl")]
         relevant: dict[str, set[str]] = defaultdict(set)
@@ -107,7 +108,12 @@ def test_relevant_are_all_passages_of_the_one_entry_in_other_languages(demo: Pat
             kind, code = name_of.split(".", 1)
             assert relevant[row["id"]] == {doc for doc in corpus if doc.rsplit(".", 1)[0] == name_of}
             assert not any(doc.endswith(f".{language}") for doc in relevant[row["id"]])
-            assert named.get(normalise(row["text"]), {Entry(kind, code)}) == {Entry(kind, code)}
+            asked = Entry(kind, code)
+            if normalise(row["text"]) in named:
+                assert named[normalise(row["text"])] == {asked}
+            else:
+                told = {fact.entry for fact in facts[asked][: cldr.FACTS]}
+                assert [e for e, known in facts.items() if told <= {fact.entry for fact in known}] == [asked]
 
 
 def test_unseen_entries_have_no_passage_and_no_name_among_the_rows(demo: Path) -> None:
@@ -140,3 +146,11 @@ def test_ids_are_those_of_transformers(demo: Path, tmp_path: Path) -> None:
     texts += ["", " ", "  two   spaces\u00a0and\ttabs\n", "漢字 🙂 unknown", "a <mask> b <unk> c", "x<mask>y </s>"]
     assert [encoding.ids for encoding in tokenizer.encode_batch(texts)] == theirs(texts)["input_ids"]
     assert tokenizer.encode("a", "b").ids == theirs("a", "b")["input_ids"]
+
+
+def test_too_few_queries_is_an_error(small: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cldr, "QUERIES", {"dev": 40, "test": 80, "test-unseen": 100_000})
+        with pytest.raises(ValueError, match="test-unseen needs 100000 queries"):
+            write_demo(tmp_path / "none", seed=0)
+    assert not (tmp_path / "none").exists()

@@ -76,11 +76,7 @@ class Checkpoints:
         )
         if found != model:
             raise ValueError(f"{self._directory}: step {step} is of another model, {found}; this run has {model}")
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.optimizer
-        )
-        restore = ocp.args.PyTreeRestore(
-            target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-        )
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.optimizer)
+        restore = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         moments = self._manager.restore(step, args=ocp.args.Composite(**{_OPTIMIZER: restore}))[_OPTIMIZER]
         return TrainState(params, moments, jax.device_put(jax.numpy.int32(step), state.step.sharding))

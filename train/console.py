@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
 from tqdm import tqdm
+
+from train import Config
 
 _OURS = ("m3jax", "train", "convert", "configs")
 
@@ -30,10 +31,13 @@ def libraries_to(path: Path) -> Iterator[None]:
     before, level = root.handlers[:], root.level
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root.handlers, logger = [handler], logging.getLogger("warnings")
+    root.handlers[:] = [handler]
+    logger = logging.getLogger("warnings")
     root.setLevel(logging.INFO)
 
-    def show(message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    def show(
+        message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
         if set(_OURS) & set(Path(filename).parts[-3:]) and issubclass(category, UserWarning):
             say(f"warning: {message}")
         logger.warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
@@ -43,16 +47,18 @@ def libraries_to(path: Path) -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = shown
-        root.handlers = before
+        root.handlers[:] = before
         root.setLevel(level)
         handler.close()
 
 
-def describe(config: ConfigDict, model: Any, rows: int, devices: int) -> str:
+def describe(config: Config, model: Any, rows: int, devices: int) -> str:
     """The configuration in a few lines."""
     groups = ", ".join(f"{batch} × {config.group_size} up to {length} tokens" for length, batch in config.length_groups)
     start = f"from {config.init_from}" if config.init_from else "from random weights"
-    distill = f"self-distillation from step {config.distill_start}" if config.distill_start >= 0 else "no self-distillation"
+    distill = (
+        f"self-distillation from step {config.distill_start}" if config.distill_start >= 0 else "no self-distillation"
+    )
     return (
         f"{config.name}: {model}, {start}\n"
         f"  data      {rows:,} rows of {config.data.train}\n"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict, FrozenConfigDict
+import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 import m3jax
@@ -24,6 +25,7 @@ from m3jax.config import M3Config
 from m3jax.model import M3, cast, init
 from m3jax.sharding import make_mesh
 from m3jax.tokenization import Tokenizer
+from train import Config
 from train.checkpoints import Checkpoints
 from train.console import describe, libraries_to, say
 from train.data import cldr
@@ -38,7 +40,7 @@ from train.step import TrainState, make_state, make_step
 _DEMO = "cldr"
 
 
-def train(config: ConfigDict) -> dict[str, Any]:
+def train(config: Config) -> dict[str, Any]:
     """Run `config` (every key is in configs/base.py) from its beginning or its last checkpoint to its report.
 
     Returns the content of results.json. Raises ValueError, before training starts, on data, sizes or settings that cannot
@@ -50,7 +52,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
         return _train(config, run)
 
 
-def _train(config: ConfigDict, run: Path) -> dict[str, Any]:
+def _train(config: Config, run: Path) -> dict[str, Any]:
     clock = _Clock()
     dev, tests = _tasks(config)
     m3 = _start(config)
@@ -88,8 +90,8 @@ def _train(config: ConfigDict, run: Path) -> dict[str, Any]:
             pad_id=m3.tokenizer.pad_id,
         )
         step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
-        for done, state in _steps(config, step, state, batches, first, log):
-            last = done == config.steps
+        for done, now in _steps(config, step, state, batches, first, log):
+            state, last = now, done == config.steps
             if dev and (last or done % config.evaluate_every == 0):
                 clock.lap("train")
                 log.write(done, _dev_scores(config, _model(m3, state), dev))
@@ -130,7 +132,7 @@ def _train(config: ConfigDict, run: Path) -> dict[str, Any]:
 
 
 def _steps(
-    config: ConfigDict, step: Any, state: TrainState, batches: Iterable[Batch], first: int, log: "_Log"
+    config: Config, step: Any, state: TrainState, batches: Iterable[Batch], first: int, log: "_Log"
 ) -> Iterator[tuple[int, TrainState]]:
     """Run the steps, giving (steps done, state) after each; measures are written one step late, while the next one runs."""
     rate = learning_rate(config)
@@ -152,7 +154,7 @@ def _steps(
         if number - 1 < config.distill_start or config.distill_start < 0:
             values = {name: value for name, value in values.items() if not name.startswith("distill/")}
         now = time.perf_counter()
-        values |= {"learning_rate": float(rate(number - 1)), "tokens_per_second": tokens / (now - timer)}
+        values |= {"learning_rate": float(jnp.asarray(rate(number - 1))), "tokens_per_second": tokens / (now - timer)}
         timer = now
         if number % config.log_every == 0 or number in (1, config.steps):
             log.write(number, values)
@@ -166,7 +168,8 @@ def _steps(
             shape = (batch.query_ids.shape[1], *batch.passage_ids.shape)
             if shape not in shapes:
                 shapes.add(shape)
-                say(f"compiling for {len(batch.query_ids)} queries of {shape[0]} and {shape[1]} passages of {shape[2]} tokens …")
+                queries = f"{len(batch.query_ids)} queries of {shape[0]} tokens"
+                say(f"compiling for {queries} and {shape[1]} passages of {shape[2]} …")
             state, measures = step(state, batch)
             if waiting:
                 finish()
@@ -218,7 +221,7 @@ def _listed(paths: str) -> list[str]:
     return [path.strip() for path in paths.split(",") if path.strip()]
 
 
-def _path(config: ConfigDict, path: str) -> Path:
+def _path(config: Config, path: str) -> Path:
     """A path of the config; those under "cldr" lie in the embedded demo set, which is written on first use."""
     if path.split("/")[0] != _DEMO:
         return Path(path)
@@ -236,12 +239,12 @@ def m3jax_version() -> str:
     return importlib.metadata.version("m3jax")
 
 
-def _tasks(config: ConfigDict) -> tuple[Task | None, list[Task]]:
+def _tasks(config: Config) -> tuple[Task | None, list[Task]]:
     dev = read_task(_path(config, config.data.dev)) if config.data.dev else None
     return dev, [read_task(_path(config, path)) for path in _listed(config.data.test)]
 
 
-def _start(config: ConfigDict) -> M3:
+def _start(config: Config) -> M3:
     """The model to train, its parameters float32: that of `init_from`, or random weights of the config's sizes."""
     if not config.data.train:
         raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
@@ -252,7 +255,9 @@ def _start(config: ConfigDict) -> M3:
         if not named and _DEMO in _listed(config.data.train):
             named = str(_path(config, f"{_DEMO}/tokenizer.json"))
         if not named:
-            raise ValueError("random weights need a tokenizer: give --config.tokenizer=tokenizer.json, or --config.init_from")
+            raise ValueError(
+                "random weights need a tokenizer: give --config.tokenizer=tokenizer.json, or --config.init_from"
+            )
         tokenizer = Tokenizer.from_file(named)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "pad", "eos", "unk")}
         sizes = {"colbert_dim": config.model.hidden_size} | config.model.to_dict()
@@ -264,7 +269,7 @@ def _start(config: ConfigDict) -> M3:
     return m3
 
 
-def _length_groups(config: ConfigDict, rows: int) -> list[LengthGroup]:
+def _length_groups(config: Config, rows: int) -> list[LengthGroup]:
     """The config's length groups; ValueError where a batch does not divide by the devices that share its rows."""
     for length, batch in config.length_groups:
         if batch % rows:
@@ -281,7 +286,7 @@ def _model(m3: M3, state: TrainState) -> M3:
     return dataclasses.replace(m3, params=cast(state.params, "float32"))
 
 
-def _untrained(config: ConfigDict, run: Path, m3: M3, tests: list[Task]) -> list[dict[str, Any]]:
+def _untrained(config: Config, run: Path, m3: M3, tests: list[Task]) -> list[dict[str, Any]]:
     """Scores before the first step; a run that goes on keeps those that it measured."""
     if not config.evaluate_untrained:
         return []
@@ -293,7 +298,7 @@ def _untrained(config: ConfigDict, run: Path, m3: M3, tests: list[Task]) -> list
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def _evaluate(config: ConfigDict, m3: M3, task: Task, name: str) -> Evaluation:
+def _evaluate(config: Config, m3: M3, task: Task, name: str) -> Evaluation:
     """All five functions on one set; BM25, which no training changes, beside the trained model only."""
     return evaluate(
         m3,
@@ -304,14 +309,14 @@ def _evaluate(config: ConfigDict, m3: M3, task: Task, name: str) -> Evaluation:
     )
 
 
-def _dev_scores(config: ConfigDict, m3: M3, dev: Task) -> dict[str, float]:
+def _dev_scores(config: Config, m3: M3, dev: Task) -> dict[str, float]:
     scores = evaluate(
         m3, dev, max_length=config.passage_max_length, query_max_length=config.query_max_length, baseline=False
     ).scores
     return {f"dev/{function}/{metric}": value for function, of in scores.items() for metric, value in of.items()}
 
 
-def _next_commands(config: ConfigDict, run: Path) -> list[str]:
+def _next_commands(config: Config, run: Path) -> list[str]:
     """Three commands that work as they stand on what the run left."""
     model = run / "model"
     commands = [

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
 from m3jax.sharding import path_name
+from train import Config
 
 
-def learning_rate(config: ConfigDict) -> optax.Schedule:
+def learning_rate(config: Config) -> optax.Schedule:
     """Step → learning rate: linear up over the first `warmup` (share of all steps), then linear down to 0 at the end."""
     rising = round(config.warmup * config.steps)
     return optax.schedules.join_schedules(
@@ -29,7 +29,7 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim > 1 and "pooler" not in path_name(path), params)
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW; no decay on biases and LayerNorm."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import FrozenConfigDict
 
 from m3jax.config import M3Config
 from m3jax.losses import candidates, m3_loss
@@ -19,6 +18,7 @@ from m3jax.model import Params, apply, cast
 from m3jax.representations import Representations
 from m3jax.scores import all_scores
 from m3jax.sharding import BATCH, shardings
+from train import Config
 from train.data.pipeline import Batch
 
 
@@ -42,11 +42,11 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def loss_and_parts(
-    model: M3Config, config: FrozenConfigDict, params: Params, batch: Batch, distill: jax.Array, key: jax.Array
+    model: M3Config, config: Config, params: Params, batch: Any, distill: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The M3 loss of one global batch, and its parts and the terms per text as measures.
 
-    Every query's candidates are all passages of the batch, on whichever device they lie, but its other positives.
+    batch: a `Batch` of device arrays. Every query's candidates are all passages of the batch, on whichever device they lie, but its other positives.
     """
     query_key, passage_key = jax.random.split(key)
     params = cast(params, config.dtype)
@@ -72,7 +72,7 @@ def loss_and_parts(
 
 
 def make_step(
-    model: M3Config, config: FrozenConfigDict, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
+    model: M3Config, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step for states placed like `state`, whose buffers it takes over."""
     root = jax.random.key(config.seed)
@@ -87,7 +87,7 @@ def make_step(
         gradients, measures = jax.grad(loss, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         measures["gradient_norm"] = optax.tree.norm(gradients)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, moments, state.step + 1), measures
 
     places = jax.tree.map(lambda x: x.sharding, state)

@@ -68,11 +68,15 @@ def torch_heads() -> Callable[[M3Config, int], dict[str, Any]]:
     torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (the `test` extra)")
 
     def make(config: M3Config, seed: int) -> dict[str, Any]:
-        sizes = {"sparse_linear": 1, "colbert_linear": config.colbert_dim}
-        return {
-            name: randomised(torch, torch.nn.Linear(config.hidden_size, size), seed + i)
-            for i, (name, size) in enumerate(sizes.items())
+        heads = {
+            "sparse_linear": torch.nn.Linear(config.hidden_size, 1),
+            "colbert_linear": torch.nn.Linear(config.hidden_size, config.colbert_dim),
         }
+        for name, head in heads.items():
+            randomised(torch, head, seed)
+        with torch.no_grad():
+            heads["sparse_linear"].weight /= 4  # token weights up to about 1, as a trained head gives them
+        return heads
 
     return make
 

@@ -28,6 +28,7 @@ LANGUAGES = (
 )
 PASSAGE_LANGUAGES = 3  # passages of one entry in the corpus: about 2,100 entries make more than 6,000 candidates
 QUERIES = {"dev": 1000, "test": 2000, "test-unseen": 1000}
+FACTS = 4  # in a passage and in a query that tells an entry by its facts: keeps texts near 12 tokens, which two cores can learn
 UNSEEN_ENTRIES = 0.1
 VOCABULARY = 16000
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -86,7 +87,7 @@ def entry_names(locale: Locale) -> dict[Entry, list[str]]:
 
 
 def entry_facts() -> dict[Entry, list[Fact]]:
-    """Return what CLDR knows of each entry, the same in all languages, most important first (at most four facts each).
+    """Return all that CLDR knows of each entry, the same in all languages, most important first.
 
     Territories: their widest spoken official languages and the currencies in use. Languages: script and where they are
     official, else where they are most at home. Currencies and time zones: where they are used. Scripts: who writes them.
@@ -101,19 +102,18 @@ def entry_facts() -> dict[Entry, list[Fact]]:
     for territory, spoken in get_global("territory_languages").items():
         official = []
         for code, info in spoken.items():
-            share = info["population_percent"] / 100
             if info["official_status"] in ("official", "de_facto_official"):
-                official.append(Fact(Entry("language", code), share))
-                home[Entry("language", code)].append((-share, territory))
-        facts[Entry("territory", territory)][:0] = sorted(official, key=lambda fact: (-(fact.share or 0), fact.entry))[
-            :3
-        ]
+                official.append(Fact(Entry("language", code), info["population_percent"] / 100))
+                home[Entry("language", code)].append((-info["population_percent"], territory))
+        official.sort(key=lambda fact: (-(fact.share or 0), fact.entry))
+        used = facts[Entry("territory", territory)]
+        facts[Entry("territory", territory)] = official[:3] + used + official[3:]
     for code, likely in get_global("likely_subtags").items():
         language, script, territory = (*likely.split("_"), "", "")[:3]
         if code == f"und_{script}":
             facts[Entry("script", script)] += [Fact(Entry("language", language)), Fact(Entry("territory", territory))]
         elif code == language:
-            places = [place for _, place in sorted(home[Entry("language", code)])[:3]] or [territory]
+            places = [place for _, place in sorted(home[Entry("language", code)])] or [territory]
             facts[Entry("language", code)].append(Fact(Entry("script", script)))
             facts[Entry("language", code)] += [Fact(Entry("territory", place)) for place in places]
     for zone, territory in get_global("zone_territories").items():
@@ -122,16 +122,19 @@ def entry_facts() -> dict[Entry, list[Fact]]:
         if metazone:
             facts[Entry("city", zone)].append(Fact(Entry("zone", metazone)))
             facts[Entry("zone", metazone)].append(Fact(Entry("territory", territory)))
-    return {entry: list(dict.fromkeys(found))[:4] for entry, found in facts.items()}
+    return {entry: list(dict.fromkeys(found)) for entry, found in facts.items()}
 
 
 def passage(entry: Entry, facts: Sequence[Fact], names: Mapping[Entry, Sequence[str]], locale: Locale) -> str | None:
-    """Return what is known of `entry` in one language, or None where that language has no name or no fact for it."""
+    """Return what is known of `entry` in one language, or None where that language has no name or no fact for it.
+
+    It lists the entry's other names and the first `FACTS` of `facts`.
+    """
     if entry not in names:
         return None
     name, *others = names[entry]
     listed = list(others)
-    for fact in facts:
+    for fact in facts[:FACTS]:
         if fact.entry in names:
             share = "" if fact.share is None else f" ({format_percent(fact.share, locale=locale)})"
             listed.append(names[fact.entry][0] + share)
@@ -141,10 +144,11 @@ def passage(entry: Entry, facts: Sequence[Fact], names: Mapping[Entry, Sequence[
 def write_demo(directory: Path, *, seed: int) -> None:
     """Write train.jsonl, tokenizer.json and the evaluation folders dev, test and test-unseen into `directory`.
 
-    A query is a name, or the list of facts, of one entry; relevant are all passages of that entry, all in other languages
-    than the query. A string that names several entries is no query at all. No training text contains the string of an
-    evaluation query, nor does one of its relevant passages (strings as in `normalise`); the entries of test-unseen have
-    no row in training. The three folders share one corpus. The same seed gives the same files.
+    A query is a name, or the list of the facts, of one entry; relevant are all passages of that entry, all in other
+    languages than the query. A string that names several entries, or facts that hold of several, are no query at all.
+    No training text contains the string of an evaluation query, nor does one of its relevant passages (strings as in
+    `normalise`); the entries of test-unseen have no row in training. The three folders share one corpus. The same seed
+    and version of Babel give the same files. ValueError if CLDR gives fewer than `QUERIES` such queries.
     """
     rng = random.Random(seed)
     locales = {code: Locale.parse(code) for code in LANGUAGES}
@@ -161,25 +165,25 @@ def write_demo(directory: Path, *, seed: int) -> None:
         if len(written) == PASSAGE_LANGUAGES:
             passages[entry] = written
 
+    holders: dict[Entry, set[Entry]] = defaultdict(set)
+    for entry, known in facts.items():
+        for fact in known:
+            holders[fact.entry].add(entry)
+    texts: dict[tuple[Entry, str], list[str]] = {}  # entry, language → what asks for it
     meanings: dict[str, set[Entry]] = defaultdict(set)
-    for known in names.values():
+    for code, known in names.items():
         for entry, found in known.items():
-            for name in found:
-                meanings[normalise(name)].add(entry)
-    told: dict[tuple[Fact, ...], list[Entry]] = defaultdict(list)
-    for entry in passages:
-        told[tuple(facts.get(entry, ()))].append(entry)
+            texts[entry, code] = list(found)
+            told = [fact.entry for fact in facts.get(entry, ())[:FACTS]]
+            if len(told) > 1 and known.keys() >= set(told) and set.intersection(*(holders[e] for e in told)) == {entry}:
+                texts[entry, code].append(format_list([known[e][0] for e in told], locale=locales[code]))
+            for text in texts[entry, code]:
+                meanings[normalise(text)].add(entry)
     queries: dict[str, tuple[Entry, str, str]] = {}  # normalised string → entry, language, string
     for entry, written in passages.items():
         for code in LANGUAGES:
-            if code in written:
-                continue
-            texts = list(names[code].get(entry, ()))
-            listed = [names[code].get(fact.entry) for fact in facts.get(entry, ())]
-            if len(listed) > 1 and all(listed) and len(told[tuple(facts[entry])]) == 1:
-                texts.append(format_list([found[0] for found in listed if found], locale=locales[code]))
-            for text in texts:
-                if len(meanings[normalise(text)] | {entry}) == 1:
+            for text in texts.get((entry, code), ()):
+                if code not in written and meanings[normalise(text)] == {entry}:
                     queries.setdefault(normalise(text), (entry, code, text))
 
     entries = sorted(passages)
@@ -190,9 +194,9 @@ def write_demo(directory: Path, *, seed: int) -> None:
     rng.shuffle(unseen_keys)
     held = seen_keys[: 2 * (QUERIES["dev"] + QUERIES["test"])]
     rows = [queries[key] for key in seen_keys[len(held) :]]
-    texts = [text for _, _, text in rows]
-    texts += [text for entry in entries if entry not in unseen for text in passages[entry].values()]
-    training = "\n".join(map(normalise, texts))
+    learnt = [text for _, _, text in rows]
+    learnt += [text for entry in entries if entry not in unseen for text in passages[entry].values()]
+    training = "\n".join(map(normalise, learnt))
 
     def told_nowhere(key: str) -> bool:
         own = passages[queries[key][0]].values()
@@ -202,9 +206,15 @@ def write_demo(directory: Path, *, seed: int) -> None:
         name: list(islice(filter(told_nowhere, pool), QUERIES[name]))
         for name, pool in zip(QUERIES, (held[: len(held) // 3], held[len(held) // 3 :], unseen_keys), strict=True)
     }
+    for name, keys in asked.items():
+        if len(keys) < QUERIES[name]:
+            raise ValueError(
+                f"{name} needs {QUERIES[name]} queries that stand in no training text; CLDR gave {len(keys)}: lower QUERIES"
+            )
+
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "train.jsonl", ({"query": t, "pos": list(passages[e].values()), "neg": []} for e, _, t in rows))
-    train_tokenizer(texts).save(str(directory / "tokenizer.json"))
+    train_tokenizer(learnt).save(str(directory / "tokenizer.json"))
     for name, keys in asked.items():
         folder = directory / name
         folder.mkdir(exist_ok=True)
