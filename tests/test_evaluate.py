@@ -3,10 +3,12 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 import m3jax
 from m3jax.embeddings import Embeddings
@@ -186,6 +188,9 @@ def test_rank_gives_ids_and_leaves_empty_places_out():
     run = rank(task, queries, passages, by="dense")
     assert {query: list(hits) for query, hits in run.items()} == {"q1": ["p2", "p3", "p1"], "q2": ["p1", "p3", "p2"]}
     assert run["q1"]["p2"] == pytest.approx(0.8)
+    terms = csr_matrix(np.array([[1, 0], [0, 0], [2, 0]], np.float32))
+    run = rank(task, Embeddings(terms=terms[:2]), Embeddings(terms=terms), by="sparse")
+    assert run == {"q1": {"p3": 2.0, "p1": 1.0}, "q2": {}}
     with pytest.raises(ValueError, match="2 judged queries and 3 passages, got embeddings of 3 and 3"):
         rank(task, passages, passages, by="dense")
 
@@ -231,6 +236,11 @@ def test_evaluate_encodes_what_it_needs_and_measures_every_function(model, folde
     assert all((a["dense"], a["sparse"], a["colbert"]) == (True, False, True) for _, a in asked)
 
 
+def test_bm25_sees_no_special_and_no_unknown_token(model):
+    task = Task("unknown", {"p1": "the☃", "p2": "the"}, {"q": "☃"}, {"q": {"p1": 1}})
+    assert evaluate(model, task, functions=["sparse"]).runs["bm25"] == {"q": {}}
+
+
 def test_write_leaves_whole_files_and_a_trec_run(tmp_path):
     runs = {"dense+sparse": {"q1": {"p2": 0.1, "p1": float(np.float32(0.1))}, "q2": {}}}
     scores = {"dense+sparse": {"ndcg_at_10": 0.5, "recall_at_100": 1.0}}
@@ -248,11 +258,16 @@ def test_write_leaves_whole_files_and_a_trec_run(tmp_path):
 
 
 def test_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    old = Evaluation("old", 1, 1, [], {}, {})
-    old.write(tmp_path)
-    monkeypatch.setattr("pathlib.Path.write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    Evaluation("old", 1, 1, [], {}, {}).write(tmp_path)
+
+    def half(path: Path, content: str, encoding: str) -> None:
+        path.write_bytes(content[: len(content) // 2].encode(encoding))
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="disk full"):
         Evaluation("new", 1, 1, [], {}, {}).write(tmp_path)
+    assert (tmp_path / "results.md").read_text(encoding="utf-8").startswith("old: ")
     assert json.loads((tmp_path / "results.json").read_bytes())["name"] == "old"
 
 

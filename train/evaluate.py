@@ -289,7 +289,7 @@ def bm25(task: Task, query_terms: Sequence[Sequence[int]], passage_terms: Sequen
     if not any(map(len, passage_terms)):
         return run  # bm25s cannot index a corpus without a term
     index = bm25s.BM25(k1=0.9, b=0.4, method="lucene")
-    index.index([list(map(str, terms)) for terms in passage_terms], create_empty_token=False, show_progress=False)
+    index.index([list(map(str, terms)) for terms in passage_terms], show_progress=False)
     passages = list(task.corpus)
     for hits, terms in zip(run.values(), query_terms, strict=True):
         scores = index.get_scores_from_ids(index.get_tokens_ids(list(map(str, terms))))

@@ -1,0 +1,149 @@
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from m3jax.config import M3Config
+from m3jax.model import flatten, shapes
+from m3jax.sharding import AXES, constrain, make_mesh, partition, path_name, shardings
+
+DEVICES = jax.devices()[:1]
+
+
+def test_mesh_of_one():
+    mesh = make_mesh(devices=DEVICES)
+    assert mesh.axis_names == AXES and dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert make_mesh(1, -1, 1, devices=DEVICES).size == 1
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (-1, 2, 1), (-1, -1, 1), (0, 1, 1), (-1, 0, 1), (1, 1, 3)])
+def test_mesh_sizes_that_do_not_fit(sizes):
+    with pytest.raises(ValueError, match=r"number of devices, 1, .* got data={}, fsdp={}, tensor={}".format(*sizes)):
+        make_mesh(*sizes, devices=DEVICES)
+
+
+def test_every_parameter_has_a_rule_and_divides():
+    tree = shapes(M3Config(num_hidden_layers=2))
+    specs = partition(tree)
+    assert jax.tree.structure(specs, is_leaf=lambda x: isinstance(x, PartitionSpec)) == jax.tree.structure(tree)
+    sizes = {"fsdp": 8, "tensor": 4}
+    whole = set()
+    for path, x in flatten(tree).items():
+        spec = flatten(specs)[path]
+        assert len(spec) <= x.ndim, path
+        for length, axes in zip(x.shape, spec, strict=False):
+            for axis in (axes,) if isinstance(axes, str) else axes or ():
+                assert length % sizes[axis] == 0, path
+                length //= sizes[axis]
+        if not any(spec):
+            whole.add(path.rpartition("/")[2] if "/layers/" in path else path)
+    # Split is what is large: of the matrices only the type table, of one row, is whole.
+    assert "encoder/embeddings/token_type_embeddings/embedding" in whole
+    assert not {path for path in whole if "kernel" in path or "word" in path or "position" in path}
+
+
+def test_pairs_of_projections_meet_on_the_tensor_axis():
+    specs = flatten(partition(shapes(M3Config.tiny())))
+    for first, second in (("q", "attention_out"), ("v", "attention_out"), ("up", "down")):
+        out = specs[f"encoder/layers/0/{first}/kernel"][1]
+        assert (
+            out
+            == specs[f"encoder/layers/0/{second}/kernel"][0]
+            == specs[f"encoder/layers/0/{first}/bias"][0]
+            == "tensor"
+        )
+
+
+def test_optimiser_state_is_placed_as_its_parameters():
+    tree = shapes(M3Config.tiny())
+    state = jax.eval_shape(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)).init, tree)
+    specs = partition(state)
+    adam, placed = state[1][0], specs[1][0]
+    assert placed.mu == placed.nu == partition(tree)
+    assert adam.count.shape == () and placed.count == PartitionSpec()
+
+
+def test_an_unknown_parameter_is_refused():
+    x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    with pytest.raises(ValueError, match="encoder/layers/0/gate/kernel"):
+        partition({"encoder": {"layers": {0: {"gate": {"kernel": x}}}}})
+
+
+def test_path_names():
+    leaves = jax.tree_util.tree_leaves_with_path({"layers": {0: [1, (2,)]}})
+    assert [path_name(path) for path, _ in leaves] == ["layers/0/0", "layers/0/1/0"]
+
+
+def test_shardings_are_on_the_mesh():
+    mesh = make_mesh(devices=DEVICES)
+    placed = shardings(shapes(M3Config.tiny(num_hidden_layers=1)), mesh)
+    one = placed["encoder"]["layers"][0]["q"]["kernel"]
+    assert one.mesh == mesh and one.spec == PartitionSpec("fsdp", "tensor")
+
+
+def test_constrain_does_nothing_without_a_mesh():
+    x = jnp.ones(3)
+    assert constrain(x, PartitionSpec("data")) is x
+    with jax.set_mesh(make_mesh(devices=DEVICES)):
+        jaxpr = jax.make_jaxpr(lambda x: constrain(x, PartitionSpec("data")))(x)
+    assert "sharding_constraint" in str(jaxpr)
+
+
+EIGHT = """
+import jax, jax.numpy as jnp, numpy as np
+from m3jax.config import M3Config
+from m3jax.losses import m3_loss
+from m3jax.model import apply, shapes
+from m3jax.scores import all_scores
+from m3jax.sharding import BATCH, make_mesh, shardings
+from jax.sharding import NamedSharding, PartitionSpec
+
+assert jax.device_count() == 8
+jax.config.update("jax_disable_most_optimizations", True)  # of the compiler: half the time, the same mathematics
+config = M3Config.tiny(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=40, colbert_dim=8)
+rng = np.random.default_rng(0)
+params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes(config))
+
+def rows(count, length):
+    ids = rng.integers(4, 40, (count, length)).astype(np.int32)
+    ids[:, 0] = 0
+    return np.where(np.arange(length) < rng.integers(3, length + 1, (count, 1)), ids, 1)
+
+queries, passages = rows(8, 6), rows(16, 10)
+
+def loss(params, queries, passages):
+    found = all_scores(*(apply(config, params, ids, ids != 1) for ids in (queries, passages)))
+    return m3_loss(found, jnp.arange(8) * 2, temperature=0.1, distill=1.0)[0]
+
+def run(mesh):
+    places = NamedSharding(mesh, BATCH)
+    tree = shardings(params, mesh)
+    step = jax.jit(jax.value_and_grad(loss), out_shardings=(NamedSharding(mesh, PartitionSpec()), tree))
+    given = jax.device_put(params, tree), jax.device_put(queries, places), jax.device_put(passages, places)
+    value, grads = step(*given)
+    return value, grads, given
+
+one, one_grads, _ = run(make_mesh(devices=jax.devices()[:1]))
+for sizes in ((8, 1, 1), (2, 2, 2)):
+    value, grads, given = run(make_mesh(*sizes))
+    kernel = given[0]["encoder"]["layers"][0]["q"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // (sizes[1] * sizes[2])
+    assert given[1].addressable_shards[0].data.shape[0] == 8 // (sizes[0] * sizes[1])
+    np.testing.assert_allclose(value, one, rtol=1e-5)
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(one_grads))
+    assert scale > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), grads, one_grads)
+    print("equal on", sizes)
+"""
+
+
+def test_eight_devices_give_what_one_gives():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["equal on (8, 1, 1)", "equal on (2, 2, 2)"]
