@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config.name = "quickstart"
     config.output = "runs/quickstart"
 
-    config.model.hidden_size = 256
-    config.model.num_hidden_layers = 2
+    config.model.hidden_size = 128
+    config.model.num_hidden_layers = 1
     config.model.num_attention_heads = 4
     config.model.intermediate_size = 512
     config.model.max_position_embeddings = 130
@@ -20,17 +20,19 @@ def get_config() -> ConfigDict:
     config.data.train = "cldr"
     config.data.dev = "cldr/dev"
     config.data.test = "cldr/test,cldr/test-unseen"
-    config.query_max_length = 32
-    config.passage_max_length = 64
+    config.query_max_length = 16
+    config.passage_max_length = 24
 
-    config.length_groups = ((64, 128),)
+    config.length_groups = ((24, 256),)
     config.group_size = 1  # names need no hard negatives: the other rows' passages are enough
-    config.steps = 1000
-    config.learning_rate = 1e-3
-    config.distill_start = 600
+    config.steps = 450
+    config.learning_rate = 5e-3
+    config.adam_b2 = 0.98
+    config.temperature = 0.05
+    config.distill_start = 250
     config.remat = False
-    config.evaluate_every = 500
-    config.save_every = 500
+    config.evaluate_every = 225
+    config.save_every = 225
     config.example.query = "*.sw.*"
     config.example.language = "Swahili"
     return config

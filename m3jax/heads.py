@@ -26,7 +26,10 @@ class Heads(nnx.Module):
     """sparse_linear gives token weights, colbert_linear token vectors; the dense vector needs no parameters."""
 
     def __init__(self, config: M3Config, rngs: nnx.Rngs):
-        self.sparse_linear = linear(config.hidden_size, 1, rngs)
+        # Small: weights of the order of 1 would make every score a loud accident, and the fastest way down is to push all
+        # of them below zero, where the relu gives no gradient to come back by.
+        small = nnx.initializers.normal(config.initializer_range)
+        self.sparse_linear = linear(config.hidden_size, 1, rngs, small)
         self.colbert_linear = linear(config.hidden_size, config.colbert_dim, rngs)
         self.unused_ids = config.unused_ids
 

@@ -98,6 +98,7 @@ def test_relevant_are_all_passages_of_the_one_entry_in_other_languages(demo: Pat
             for name in found:
                 named[normalise(name)].add(entry)
     facts = entry_facts()
+    assert [row for row in read(demo / "train.jsonl") if len(named.get(normalise(row["query"]), "1")) > 1] == []
     for name in SETS:
         corpus = [row["id"] for row in read(demo / name / "corpus.jsonl")]
         relevant: dict[str, set[str]] = defaultdict(set)

@@ -49,6 +49,9 @@ def values_and_gradients(params, ids, mask, seeds):
     return got, grads
 
 
+forward = jax.jit(lambda params, ids, mask: apply(CONFIG, params, ids, mask))
+
+
 def assert_same(got, expected, rtol=1e-4, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, expected)
 
@@ -80,7 +83,7 @@ def test_padding_changes_nothing(params):
 
 def test_under_jit_and_vmap(params):
     ids, mask = batch(7)
-    direct, _ = values_and_gradients(params, ids, mask, (1.0, 1.0, 1.0))
+    direct = forward(params, ids, mask)
     many = jax.jit(jax.vmap(lambda i, m: apply(CONFIG, params, i, m)))(ids[:, None], mask[:, None])
     assert_same(jax.tree.map(lambda x: x[:, 0], many), direct)
     assert direct.dense.shape == (4, 16) and direct.colbert.shape == (4, 7, 6)
@@ -93,12 +96,12 @@ def test_numpy_ids_and_mask(params):
 
 
 def test_positions_follow_ids_and_attention_the_mask(params):
-    ids, mask = batch(7, [[0, 7, 1, 8, 2]])
+    ids, mask = batch(7, [[0, 7, 1, 8, 2], *TEXTS[:3]])
     mask[0, 2] = True  # a literal <pad> in a text: it is read, takes position 1 and is no term
-    run = jax.jit(lambda ids, mask: apply(CONFIG, params, ids, mask))
-    got = run(ids, mask)
+    got, unread = forward(params, ids, mask), forward(params, ids, ids != 1)
     assert got.token_weights[0, 2] == 0 and got.colbert_mask[0, 2]
-    assert np.abs(got.dense - run(ids, ids != 1).dense).max() > 1e-3
+    assert np.abs(got.dense[0] - unread.dense[0]).max() > 1e-3
+    assert_same(got.dense[1:], unread.dense[1:])
 
 
 def test_dropout_needs_a_key(params):
@@ -106,7 +109,8 @@ def test_dropout_needs_a_key(params):
     with pytest.raises(ValueError, match=r"needs a PRNG key, got dropout=0\.1 and key=None"):
         apply(CONFIG, params, ids, mask, dropout=0.1)
     run = jax.jit(lambda key, i, m: apply(CONFIG, params, i, m, dropout=0.3, key=key, remat=True).dense)
-    one, two = (run(jax.random.key(seed), ids, mask) for seed in (0, 1))
+    # Not the default implementation, which takes seconds to compile.
+    one, two = (run(jax.random.key(seed, impl="unsafe_rbg"), ids, mask) for seed in (0, 1))
     assert np.abs(one - two).max() > 0.01
 
 
@@ -123,13 +127,13 @@ def test_a_row_beyond_the_position_table(params):
 
 
 def test_bfloat16_matrices_and_a_float32_residual(params):
-    ids, mask = map(jnp.asarray, batch(7))
-    half = cast(jax.tree.map(jnp.asarray, params), jnp.bfloat16)
+    ids, mask = batch(7)
+    half = cast(params, jnp.bfloat16)
     assert {x.dtype.name for x in jax.tree.leaves(half) if x.ndim > 1} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(half) if x.ndim == 1} == {"float32"}
-    full, low = (jax.jit(lambda p: apply(CONFIG, p, ids, mask))(p) for p in (params, half))
+    full, low = forward(params, ids, mask), forward(half, ids, mask)
     assert (low.dense.dtype, low.token_weights.dtype, low.colbert.dtype) == (jnp.float32,) * 3
-    assert (full.dense * low.dense).sum(axis=1).min() > 0.999
+    assert (full.dense * low.dense).sum(axis=1)[:3].min() > 0.999
     assert (full.colbert * low.colbert).sum(axis=2)[full.colbert_mask].min() > 0.998
     np.testing.assert_allclose(low.token_weights, full.token_weights, atol=0.05)
 
@@ -139,7 +143,7 @@ def test_bfloat16_matrices_and_a_float32_residual(params):
             for inner in jaxprs_in_params(eqn.params):
                 yield from equations(inner)
 
-    eqns = list(equations(jax.make_jaxpr(lambda p: apply(CONFIG, p, ids, mask))(half).jaxpr))
+    eqns = list(equations(jax.make_jaxpr(forward)(half, ids, mask).jaxpr))
     products = [eqn for eqn in eqns if eqn.primitive.name == "dot_general"]
     assert {v.aval.dtype.name for eqn in products for v in eqn.invars} == {"bfloat16"}
     assert {v.aval.dtype.name for eqn in products for v in eqn.outvars} == {"float32"}

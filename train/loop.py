@@ -27,7 +27,7 @@ from m3jax.sharding import make_mesh
 from m3jax.tokenization import Tokenizer
 from train import Config
 from train.checkpoints import Checkpoints
-from train.console import describe, libraries_to, say
+from train.console import describe, say
 from train.data import cldr
 from train.data.builders import prepare
 from train.data.pipeline import Batch, LengthGroup, make_batches
@@ -48,11 +48,6 @@ def train(config: Config) -> dict[str, Any]:
     """
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
-    with libraries_to(run / "log.txt"):
-        return _train(config, run)
-
-
-def _train(config: Config, run: Path) -> dict[str, Any]:
     clock = _Clock()
     dev, tests = _tasks(config)
     m3 = _start(config)

@@ -4,9 +4,12 @@ Not here: what a run does (loop.py) and what its keys mean (configs/base.py).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from train.console import libraries_to
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; --config.KEY=VALUE changes a key.")
 
@@ -15,11 +18,15 @@ def main(arguments: Sequence[str]) -> None:
     """Run the configuration; what a user can cause ends in one line, not in a traceback."""
     if len(arguments) > 1:
         raise app.UsageError(f"every option starts with --config, got {' '.join(arguments[1:])}")
-    # Imported after the flags are read, so that a typo answers at once.
-    from train.loop import train
-
+    config = _CONFIG.value
+    run = Path(config.output)
+    run.mkdir(parents=True, exist_ok=True)
     try:
-        train(_CONFIG.value)
+        with libraries_to(run / "log.txt"):
+            # Imported after the flags are read, so that a typo answers at once, and what libraries say is caught.
+            from train.loop import train
+
+            train(config)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

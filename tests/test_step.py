@@ -1,0 +1,241 @@
+"""The training step: its loss beside a second, naive one, and what a step does to the state.
+
+Not here: the mathematics of the losses (test_losses.py) and parity with the reference (parity/test_training_parity.py).
+"""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("optax", reason="training needs the train extra")
+
+import train.step
+from configs import base
+from m3jax.config import M3Config
+from m3jax.model import apply, flatten, init
+from m3jax.sharding import make_mesh
+from train.data.pipeline import Batch
+from train.optimizer import make_optimizer
+from train.step import TrainState, loss_and_parts, make_state, make_step
+
+MODEL = M3Config.tiny(
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=10,
+)
+ROWS, GROUP, LENGTH = 4, 2, 8
+PARTS = ("dense", "sparse", "colbert")
+
+
+def config(**changes):
+    """base.py with weights of which no two are equal, so that none can stand for another."""
+    settings = base.get_config()
+    settings.update(steps=10, learning_rate=1e-2, warmup=0.0, weight_decay=0.1, temperature=0.1, remat=False)
+    settings.update(hybrid_weights=(0.7, 0.4, 1.1), loss_weights=(0.9, 0.2, 1.3), **changes)
+    return settings
+
+
+def texts(count, seed):
+    """`count` padded rows of 4 to 8 tokens below 30, some of them repeated, and their mask."""
+    random = np.random.default_rng(seed)
+    mask = np.arange(LENGTH) < random.integers(4, LENGTH + 1, (count, 1))
+    ids = np.where(mask, random.integers(4, 30, (count, LENGTH)), MODEL.pad_token_id).astype(np.int32)
+    ids[:, 0] = MODEL.cls_token_id
+    return ids, mask
+
+
+def batch(known=None):
+    """Four rows of two passages; row i knows its own positive, and those that `known` names by their columns."""
+    identity = np.random.default_rng(2).integers(2**32, size=(ROWS * GROUP, 2), dtype=np.uint32)
+    columns = np.repeat(np.arange(ROWS)[:, None] * GROUP, ROWS * GROUP, axis=1)
+    for row, others in (known or {}).items():
+        columns[row, : len(others)] = others
+    return Batch(*texts(ROWS, 0), *texts(ROWS * GROUP, 1), identity, identity[columns])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init(MODEL, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def value_and_gradient():
+    """jax.value_and_grad of the loss in params; the settings are float32's."""
+    settings = config()
+
+    def loss(params, rows, distill):
+        return loss_and_parts(MODEL, settings, params, rows, distill, jax.random.key(1))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def naive_scores(params, rows):
+    """The score matrices, one pair after another; and the terms with a weight of each text."""
+    ids, mask = (np.concatenate(pair) for pair in ((rows[0], rows[2]), (rows[1], rows[3])))
+    given = jax.tree.map(np.asarray, jax.jit(lambda params: apply(MODEL, params, ids, mask))(params))
+    terms = [{} for _ in ids]
+    for text, found in enumerate(terms):
+        for term, weight in zip(given.token_ids[text], given.token_weights[text], strict=True):
+            found[term] = max(found.get(term, 0.0), weight)
+    tokens = [vectors[real] for vectors, real in zip(given.colbert, given.colbert_mask, strict=True)]
+    scores = {name: np.zeros((ROWS, ROWS * GROUP)) for name in (*PARTS, "hybrid")}
+    for i, j in np.ndindex(scores["dense"].shape):
+        dense = given.dense[i] @ given.dense[ROWS + j]
+        sparse = sum(weight * terms[ROWS + j].get(term, 0.0) for term, weight in terms[i].items())
+        colbert = np.mean([max(token @ other for other in tokens[ROWS + j]) for token in tokens[i]])
+        for name, value in zip(scores, (dense, sparse, colbert, 0.7 * dense + 0.4 * sparse + 1.1 * colbert), strict=True):
+            scores[name][i, j] = value
+    active = [sum(weight > 0 for weight in text) for text in given.token_weights]
+    return scores, np.mean(active[:ROWS]), np.mean(active[ROWS:])
+
+
+def naive_parts(scores, rows):
+    """Unweighted parts: each row's softmax ranges over its positive and the passages that it does not know."""
+    parts = dict.fromkeys((*scores, *(f"distill/{name}" for name in PARTS)), 0.0)
+    for i in range(ROWS):
+        own = i * GROUP
+        known = set(map(tuple, rows.known_identity[i]))
+        columns = [own] + [j for j, key in enumerate(map(tuple, rows.passage_identity)) if key not in known]
+        logs = {}
+        for name, matrix in scores.items():
+            logits = matrix[i, columns] / 0.1
+            logs[name] = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+            parts[name] -= logs[name][0] / ROWS
+        for name in PARTS:
+            parts[f"distill/{name}"] -= np.exp(logs["hybrid"]) @ logs[name] / ROWS
+    return parts
+
+
+def total(parts, distill):
+    """The loss of PAPER §2 from its parts."""
+    contrastive = (0.9 * parts["dense"] + 0.2 * parts["sparse"] + 1.3 * parts["colbert"] + parts["hybrid"]) / 4
+    distilled = sum(w * parts[f"distill/{name}"] for w, name in zip((0.9, 0.2, 1.3), PARTS, strict=True)) / 3
+    return (contrastive + distilled) / 2 if distill else contrastive
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_loss_is_the_composition_by_hand(params, value_and_gradient, distill):
+    rows = batch(known={0: [2, 5], 3: [0]})
+    (loss, measures), _ = value_and_gradient(params, rows, distill)
+    scores, per_query, per_passage = naive_scores(params, rows)
+    parts = naive_parts(scores, rows)
+    assert abs(parts["dense"] - naive_parts(scores, batch())["dense"]) > 1e-2  # what is known counts
+    assert loss == pytest.approx(total(parts, distill), rel=1e-5)
+    expected = {name if "/" in name else f"loss/{name}": value for name, value in parts.items()}
+    expected |= {"loss": float(loss), "active_terms/query": per_query, "active_terms/passage": per_passage}
+    assert {name: float(value) for name, value in measures.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_known_positives_are_no_negatives(params, value_and_gradient):
+    everything = list(range(ROWS * GROUP))
+    apart, alike = batch(known={0: [0, 4], 1: [2, 4], 2: everything, 3: [6, 4]}), batch()
+    for rows in (apart, alike):
+        rows.query_ids[2, 1], rows.passage_ids[4, 1], rows.passage_ids[0, 1] = 37, 38, 39
+    touched = []
+    for rows in (apart, alike):
+        _, gradient = value_and_gradient(params, rows, True)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+        embeddings = gradient["encoder"]["embeddings"]["word_embeddings"]["embedding"]
+        touched.append([bool(np.any(embeddings[token])) for token in (37, 38, 39)])
+    # Row 2 knows all passages and the others know its positive: neither its query nor its positive can learn anything.
+    assert touched == [[False, False, True], [True, True, True]]
+
+
+def test_bfloat16_is_close(params, value_and_gradient):
+    settings = config(dtype="bfloat16")
+
+    def loss(params, rows):
+        return loss_and_parts(MODEL, settings, params, rows, True, jax.random.key(1))
+
+    (_, exact), _ = value_and_gradient(params, batch(), True)
+    _, rounded = jax.jit(loss)(params, batch())
+    assert float(rounded["loss"]) != float(exact["loss"])
+    for name in exact:
+        assert float(rounded[name]) == pytest.approx(float(exact[name]), rel=0.05), name
+    gradient = jax.eval_shape(jax.grad(lambda params: loss(params, batch())[0]), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+@pytest.fixture(scope="module")
+def ran(params):
+    """Four steps on one batch, with dropout, and self-distillation from step 2; then one step twice at a step of choice."""
+    settings = config(dropout=0.3, distill_start=2)
+    traces = []
+
+    def counted(*arguments):
+        traces.append(arguments)
+        return loss_and_parts(*arguments)
+
+    mesh, optimizer, measures = make_mesh(), make_optimizer(settings), []
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.step, "loss_and_parts", counted)
+        fresh = make_state(params, optimizer, mesh)
+        before = jax.tree.map(np.array, fresh)
+        step = make_step(MODEL, settings, optimizer, mesh, fresh)
+        state = fresh
+        for _ in range(4):
+            state, measured = step(state, batch())
+            measures.append({name: float(value) for name, value in measured.items()})
+
+        def first_loss(number):
+            state = make_state(before.params, optimizer, mesh)
+            state = TrainState(state.params, state.optimizer, jax.device_put(jnp.int32(number), state.step.sharding))
+            return float(step(state, batch())[1]["loss/dense"])
+
+        by_step = {number: [first_loss(number) for _ in range(2)] for number in (0, 1)}
+    return SimpleNamespace(fresh=fresh, before=before, state=state, measures=measures, traces=traces, by_step=by_step)
+
+
+def test_distillation_starts_at_its_step_without_compiling_again(ran):
+    assert len(ran.traces) == 1
+    for number, measures in enumerate(ran.measures):
+        parts = {name.removeprefix("loss/"): value for name, value in measures.items()}
+        assert measures["loss"] == pytest.approx(total(parts, distill=number >= 2), rel=1e-5)
+        assert abs(total(parts, True) - total(parts, False)) > 1e-3
+
+
+def test_steps_are_counted(ran):
+    assert int(ran.before.step) == 0 and int(ran.state.step) == 4 and ran.state.step.dtype == jnp.int32
+
+
+def test_the_state_is_taken_over(ran):
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(ran.fresh))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(ran.state))
+
+
+def test_only_the_pooler_stays(ran):
+    before, after = flatten(ran.before.params), flatten(ran.state.params)
+    same = {path for path, leaf in before.items() if np.array_equal(leaf, after[path])}
+    assert same == {"encoder/pooler/kernel", "encoder/pooler/bias"}
+    assert ran.measures[-1]["loss/dense"] < ran.measures[0]["loss/dense"]
+
+
+def test_dropout_is_another_at_each_step(ran):
+    assert ran.by_step[0][0] == ran.by_step[0][1] == ran.measures[0]["loss/dense"]
+    assert ran.by_step[1][0] == ran.by_step[1][1] != ran.by_step[0][0]
+
+
+@pytest.mark.parametrize(("start", "expected"), [(-1, [0, 0, 0]), (0, [1, 1, 1]), (2, [0, 0, 1])])
+def test_when_distillation_is_on(monkeypatch, start, expected):
+    def loss(model, settings, params, rows, distill, key):
+        return params["sparse_linear"]["kernel"].sum() * rows.query_ids.sum(), {"distill": distill}
+
+    monkeypatch.setattr(train.step, "loss_and_parts", loss)
+    settings = config(distill_start=start)
+    mesh, optimizer = make_mesh(), make_optimizer(settings)
+    with jax.set_mesh(mesh):
+        state = make_state({"sparse_linear": {"kernel": np.ones((2, 1), np.float32)}}, optimizer, mesh)
+        step = make_step(MODEL, settings, optimizer, mesh, state)
+        seen = []
+        for _ in expected:
+            state, measures = step(state, batch())
+            seen.append(int(measures["distill"]))
+    assert seen == expected
+    # The norm before clipping: what tells that training is about to break.
+    assert float(measures["gradient_norm"]) == pytest.approx(np.sqrt(2) * abs(batch().query_ids.sum()))
