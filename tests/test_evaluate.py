@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -283,6 +284,16 @@ def test_the_program_prints_the_table_and_writes_the_files(model, folder, tmp_pa
     ]
     assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") == printed
     assert len((tmp_path / "out" / "all.run").read_text(encoding="utf-8").splitlines()) == 2 * 3
+
+    # Two folders of one name: told apart by their paths, each with its own files, and the mean of both.
+    other = tmp_path / "other" / folder.name
+    shutil.copytree(folder, other)
+    main([*arguments, str(other), "--output", str(tmp_path / "both")])
+    assert "mean of 2 tasks: 4 queries" in capsys.readouterr().out
+    written = sorted(path.parent.name for path in (tmp_path / "both").glob("*/all.run"))
+    assert len(written) == 2 and all(name.endswith(f"-{folder.name}") for name in written)
+    single = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
+    assert json.loads((tmp_path / "both" / "results.json").read_text())["scores"] == single
 
     with pytest.raises(SystemExit, match=r"error: .* fit the position table"):
         main([*arguments, "--max_length", "100000"])

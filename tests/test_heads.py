@@ -44,6 +44,29 @@ def test_formulas(heads):
     assert got.colbert.shape == (3, 7, 6)
 
 
+def test_padding_has_no_gradient(heads):
+    params, run = heads
+    params = params | {"sparse_linear": params["sparse_linear"] | {"bias": np.float32([9.0])}}  # no relu shut
+    hidden = np.random.default_rng(2).normal(size=(2, 5, 16)).astype(np.float32)
+    ids = np.array([[0, 9, 5, 2, 1], [0, 2, 1, 1, 1]])
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(both):
+        got = run(*both, ids, jnp.asarray(ids != 1))
+        return (
+            got.dense.sum() + got.token_weights.sum() + jnp.where(got.colbert_mask[..., None], got.colbert**3, 0).sum()
+        )
+
+    value, (to_params, to_hidden) = total((params, hidden))
+    assert not to_hidden[ids == 1].any() and to_hidden[ids != 1].any(axis=1).all()
+    assert all(np.isfinite(x).all() and x.any() for x in jax.tree.leaves(to_params))
+    hidden[ids == 1] = 0  # normalising a zero vector is no NaN either
+    same, grads = total((params, hidden))
+    assert same == value
+    jax.tree.map(np.testing.assert_array_equal, grads, (to_params, to_hidden))
+
+
 def test_special_ids_come_from_the_config(heads):
     config = M3Config.tiny(hidden_size=16, cls_token_id=10, pad_token_id=4, eos_token_id=11, unk_token_id=12)
     graph = nnx.split(nnx.eval_shape(lambda: Heads(config, nnx.Rngs(0))))[0]

@@ -37,7 +37,11 @@ def test_what_decays():
     decay = flatten(decayed(shapes(M3Config.tiny(num_hidden_layers=2))))
     assert {path for path, yes in decay.items() if yes} == {
         *(f"encoder/embeddings/{name}_embeddings/embedding" for name in ("word", "position", "token_type")),
-        *(f"encoder/layers/{i}/{name}/kernel" for i in (0, 1) for name in ("q", "k", "v", "attention_out", "up", "down")),
+        *(
+            f"encoder/layers/{i}/{name}/kernel"
+            for i in (0, 1)
+            for name in ("q", "k", "v", "attention_out", "up", "down")
+        ),
         "heads/sparse_linear/kernel",
         "heads/colbert_linear/kernel",
     }

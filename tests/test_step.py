@@ -89,7 +89,9 @@ def naive_scores(params, rows):
         dense = given.dense[i] @ given.dense[ROWS + j]
         sparse = sum(weight * terms[ROWS + j].get(term, 0.0) for term, weight in terms[i].items())
         colbert = np.mean([max(token @ other for other in tokens[ROWS + j]) for token in tokens[i]])
-        for name, value in zip(scores, (dense, sparse, colbert, 0.7 * dense + 0.4 * sparse + 1.1 * colbert), strict=True):
+        for name, value in zip(
+            scores, (dense, sparse, colbert, 0.7 * dense + 0.4 * sparse + 1.1 * colbert), strict=True
+        ):
             scores[name][i, j] = value
     active = [sum(weight > 0 for weight in text) for text in given.token_weights]
     return scores, np.mean(active[:ROWS]), np.mean(active[ROWS:])

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -300,34 +300,72 @@ def bm25(task: Task, query_terms: Sequence[Sequence[int]], passage_terms: Sequen
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m train.evaluate`: print the table of a folder, and write it with its runs where --output says."""
+    """`python -m train.evaluate`: print the table of each folder and of their mean, and write them where --output says."""
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate", description="nDCG@10 and Recall@100 of BM25 and of a model's five functions."
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a released directory or a checkpoint of ours")
     parser.add_argument("--task", required=True, choices=["custom"], help="custom: the files of --data")
     parser.add_argument(
-        "--data", required=True, metavar="FOLDER", help="with corpus.jsonl, test_queries.jsonl and test_qrels.jsonl"
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FOLDER",
+        help="each with corpus.jsonl, test_queries.jsonl and test_qrels.jsonl",
     )
-    parser.add_argument("--output", metavar="DIR", help="where results.json, results.md and the TREC runs go")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where results.json, results.md and the TREC runs go, a folder each"
+    )
     parser.add_argument("--max_length", type=int, help="tokens of a passage (default: the model's positions)")
     parser.add_argument("--query_max_length", type=int, help="tokens of a query (default: the model's positions)")
     flags = parser.parse_args(arguments)
     try:
         # The data first: reading it takes seconds, encoding it may take hours.
-        task = read_task(flags.data)
-        evaluation = evaluate(
-            m3jax.load(flags.model),
-            task,
-            max_length=flags.max_length,
-            query_max_length=flags.query_max_length,
-            progress=True,
-        )
+        tasks = [read_task(folder) for folder in flags.data]
+        if len({task.name for task in tasks}) < len(tasks):
+            # All folders called "test": their parents tell them apart.
+            tasks = [
+                replace(task, name=Path(folder).as_posix()) for task, folder in zip(tasks, flags.data, strict=True)
+            ]
+        m3 = m3jax.load(flags.model)
+        done = []
+        for task in tasks:
+            if done:
+                print()
+            lengths = {"max_length": flags.max_length, "query_max_length": flags.query_max_length}
+            done.append(evaluate(m3, task, progress=True, **lengths))
+            print(done[-1].to_markdown(), flush=True)
+            if flags.output is not None:
+                done[-1].write(Path(flags.output) / task.name.replace("/", "-") if len(tasks) > 1 else flags.output)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(evaluation.to_markdown())
-    if flags.output is not None:
-        evaluation.write(flags.output)
+    if len(done) > 1:
+        overall = mean(done)
+        print(f"\n{overall.to_markdown()}")
+        if flags.output is not None:
+            overall.write(flags.output)
+
+
+def mean(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The mean over tasks of each score, every task counting the same, as the paper's tables have it (PAPER §6).
+
+    >>> one = Evaluation("a", 2, 3, [], {"all": {"ndcg_at_10": 0.5, "recall_at_100": 1.0}}, {})
+    >>> two = Evaluation("b", 9, 9, [], {"all": {"ndcg_at_10": 0.0, "recall_at_100": 0.5}}, {})
+    >>> mean([one, two]).scores
+    {'all': {'ndcg_at_10': 0.25, 'recall_at_100': 0.75}}
+    """
+    scores = {
+        function: {metric: float(np.mean([one.scores[function][metric] for one in evaluations])) for metric in METRICS}
+        for function in evaluations[0].scores
+    }
+    return Evaluation(
+        name=f"mean of {len(evaluations)} tasks",
+        queries=sum(one.queries for one in evaluations),
+        passages=sum(one.passages for one in evaluations),
+        warnings=[f"{one.name}: {warning}" for one in evaluations for warning in one.warnings],
+        scores=scores,
+        runs={},
+    )
 
 
 def _terms(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args, get_origin, get_type_hints, is_typeddict
 
+from m3jax.retrieval import FUNCTIONS
 from train.pictures import (
     THEME,
     colour_name,
@@ -27,7 +28,6 @@ from train.pictures import (
     standalone,
 )
 
-FUNCTIONS = ("dense", "sparse", "colbert", "dense+sparse", "all")
 METRICS = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100"}
 
 

@@ -46,7 +46,8 @@ def loss_and_parts(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The M3 loss of one global batch, and its parts and the terms per text as measures.
 
-    batch: a `Batch` of device arrays. Every query's candidates are all passages of the batch, on whichever device they lie, but its other positives.
+    batch: a `Batch` of device arrays. Every query's candidates are all passages of the batch, on whichever device they
+    lie, but its other positives.
     """
     query_key, passage_key = jax.random.split(key)
     params = cast(params, config.dtype)

@@ -72,7 +72,7 @@ def torch_heads() -> Callable[[M3Config, int], dict[str, Any]]:
             "sparse_linear": torch.nn.Linear(config.hidden_size, 1),
             "colbert_linear": torch.nn.Linear(config.hidden_size, config.colbert_dim),
         }
-        for name, head in heads.items():
+        for head in heads.values():
             randomised(torch, head, seed)
         with torch.no_grad():
             heads["sparse_linear"].weight /= 4  # token weights up to about 1, as a trained head gives them

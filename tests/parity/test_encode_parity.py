@@ -187,7 +187,7 @@ def test_missing_heads_are_random_in_flag_embedding(written, tmp_path, flag_embe
 
 
 def _headless(written, directory):
-    _, m3, target = written
+    _, _, target = written
     shutil.copytree(target, directory, dirs_exist_ok=True)
     for name in ("sparse_linear.pt", "colbert_linear.pt"):
         (directory / name).unlink()

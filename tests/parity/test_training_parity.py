@@ -207,7 +207,7 @@ def test_own_group_as_candidates(reference, to_ours):
     with pytest.raises(IndexError):
         module(_tensor(queries), _tensor(passages[: ROWS * 2]), no_in_batch_neg_flag=True)
     params = to_ours(config, _named(module))
-    s = scores.all_scores(*(apply(config, params, *_pad(ids)) for ids in (queries, passages)))
+    s = scores.all_scores(*(apply(config, params, *map(jnp.asarray, _pad(ids))) for ids in (queries, passages)))
     allowed = jnp.arange(ROWS)[:, None] == jnp.arange(ROWS * GROUP) // GROUP
     _, parts = m3_loss(s, jnp.arange(ROWS) * GROUP, temperature=TEMPERATURE, allowed=allowed)
     for name in ("dense", "sparse", "colbert"):
