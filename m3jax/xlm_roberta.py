@@ -109,9 +109,7 @@ class Layer(nnx.Module):
         )
         attended = attention(q, k, v, segments).reshape(hidden.shape)
         hidden = self.attention_norm(hidden + _drop(self.attention_out(attended), dropout, keys[0]))
-        # The exact erf form; the tanh approximation is 7e-4 off.
-        raised = jax.nn.gelu(self.up(hidden), approximate=False)
-        return self.output_norm(hidden + _drop(self.down(raised), dropout, keys[1]))
+        return self.output_norm(hidden + _drop(self.down(_gelu(self.up(hidden))), dropout, keys[1]))
 
 
 class Encoder(nnx.Module):
@@ -149,6 +147,11 @@ class Encoder(nnx.Module):
 
             hidden = (jax.checkpoint(run) if remat else run)(state, hidden, layer_key)
         return hidden
+
+
+def _gelu(x: Array) -> Array:
+    """x · Φ(x) by erf, as PyTorch computes it (the tanh form is 7e-4 off; jax.nn.gelu's erfc takes twice as long on CPU)."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 def _drop(x: Array, rate: float, key: Array | None) -> Array:

@@ -78,7 +78,7 @@ def value_and_gradient():
 def naive_scores(params, rows):
     """The score matrices, one pair after another; and the terms with a weight of each text."""
     ids, mask = (np.concatenate(pair) for pair in ((rows[0], rows[2]), (rows[1], rows[3])))
-    given = jax.tree.map(np.asarray, jax.jit(lambda params: apply(MODEL, params, ids, mask))(params))
+    given = jax.tree.map(np.asarray, jax.jit(lambda *given: apply(MODEL, *given))(params, ids, mask))
     terms = [{} for _ in ids]
     for text, found in enumerate(terms):
         for term, weight in zip(given.token_ids[text], given.token_weights[text], strict=True):
@@ -160,7 +160,7 @@ def test_bfloat16_is_close(params, value_and_gradient):
     assert float(rounded["loss"]) != float(exact["loss"])
     for name in exact:
         assert float(rounded[name]) == pytest.approx(float(exact[name]), rel=0.05), name
-    gradient = jax.eval_shape(jax.grad(lambda params: loss(params, batch())[0]), params)
+    gradient, _ = jax.eval_shape(jax.grad(loss, has_aux=True), params, batch())
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 

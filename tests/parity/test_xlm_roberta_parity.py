@@ -19,6 +19,9 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (th
 # Largest difference over largest value; the target of both frameworks' float32.
 TOLERANCE = 1e-5
 
+# XLA's optimisations cost twice the time that they would take here; encode's parity runs with them.
+QUICK = {"xla_backend_optimization_level": 0}
+
 # width, layers, heads
 GEOMETRIES = [(64, 2, 4), (256, 4, 4), (128, 24, 8), (1024, 2, 16)]
 
@@ -39,8 +42,8 @@ def test_hidden_states(geometry, torch_encoder, to_ours, width, layers, heads):
             assert _error(ours[: len(texts[row])], expected[row]) <= TOLERANCE
 
 
-# One block of 512 queries, one more, a block that is partly filled; the last length of bge-m3.
-@pytest.mark.parametrize("lengths", [(512, 3), (513, 512), (600, 200), (8192,)])
+# One block of 512 queries, one query more; the last length of bge-m3.
+@pytest.mark.parametrize("lengths", [(512, 3), (513, 200), (8192,)])
 def test_lengths(geometry, torch_encoder, to_ours, lengths):
     config = geometry(64, 2, max_position_embeddings=8194)
     model = torch_encoder(config, 2)
@@ -51,13 +54,12 @@ def test_lengths(geometry, torch_encoder, to_ours, lengths):
         assert _error(ours[: len(text)], _theirs(model, text)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("lengths", [(40, 17), (600, 90)])
-def test_gradients(geometry, torch_encoder, to_ours, lengths):
-    """Every parameter's gradient of a random projection of the hidden states, in one block and in more."""
+def test_gradients(geometry, torch_encoder, to_ours):
+    """Every parameter's gradient of a random projection of the hidden states, in more than one block of queries."""
     config = geometry(64, 2, max_position_embeddings=700)
     model = torch_encoder(config, 3)
-    texts = _texts(config, lengths)
-    ids, mask = pad(texts, len(texts), max(lengths), config.pad_token_id)
+    texts = _texts(config, [600, 90])
+    ids, mask = pad(texts, len(texts), 600, config.pad_token_id)
     weights = np.random.default_rng(4).normal(size=(*ids.shape, config.hidden_size)) * mask[..., None]
     weights = weights.astype(np.float32)
 
@@ -65,7 +67,7 @@ def test_gradients(geometry, torch_encoder, to_ours, lengths):
         return (_hidden(config, params, ids, mask) * weights).sum()
 
     params = to_ours(config, model.state_dict())
-    ours = flatten(jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, params)))
+    ours = flatten(jax.jit(jax.grad(loss), compiler_options=QUICK)(jax.tree.map(jnp.asarray, params)))
     model.zero_grad()
     given = model(input_ids=torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).last_hidden_state
     (given * torch.tensor(weights)).sum().backward()
@@ -95,7 +97,10 @@ def _hidden(config, params, ids, mask):
 
 
 def _ours(config, params, ids, mask):
-    return np.asarray(jax.jit(_hidden, static_argnums=0)(config, params, jnp.asarray(ids), jnp.asarray(mask)))
+    return np.asarray(_jitted(config, params, jnp.asarray(ids), jnp.asarray(mask)))
+
+
+_jitted = jax.jit(_hidden, static_argnums=0, compiler_options=QUICK)
 
 
 def _theirs(model, text):

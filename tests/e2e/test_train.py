@@ -1,0 +1,486 @@
+"""Whole runs of train.loop on rows and evaluation folders of a few lines: what they leave, go on from and refuse.
+
+Not here: the parts of a run, each of which has its own file, and how well anything is learnt.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("bm25s", reason="training needs the train extra")
+pytest.importorskip("grain", reason="training needs the train extra")
+pytest.importorskip("ml_collections", reason="training needs the train extra")
+pytest.importorskip("optax", reason="training needs the train extra")
+pytest.importorskip("orbax.checkpoint", reason="training needs the train extra")
+pytest.importorskip("pytrec_eval", reason="training needs the train extra")
+pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
+
+import convert.__main__
+import m3jax
+import train.data.cldr
+import train.evaluate
+import train.loop
+import train.main as program
+from configs import base
+from train.example import worked_example
+
+ROOT = Path(__file__).parents[2]
+WORDS = (
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "lazy",
+    "small",
+    "cat",
+    "house",
+    "river",
+    "forest",
+    "stories",
+    "ville",
+    "paris",
+)
+FUNCTIONS = ("dense", "sparse", "colbert", "dense+sparse", "all")
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 34,
+}
+# All texts of a kind fall into one bucket of lengths and all runs train alike, so that XLA compiles each function once.
+TRAINING = {
+    "query_max_length": 8,
+    "passage_max_length": 16,
+    "length_groups": ((16, 4),),
+    "group_size": 2,
+    "steps": 4,
+    "warmup": 0.0,
+    "learning_rate": 1e-2,
+    "adam_b2": 0.98,
+    "temperature": 0.05,
+    "distill_start": 2,
+    "remat": False,
+    "log_every": 1,
+    "evaluate_every": 2,
+    "save_every": 2,
+    "keep_checkpoints": 2,
+}
+_COMPILED_IN = ("seed", "steps", "warmup", "learning_rate", "distill_start", "temperature", "length_groups", "dropout")
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_set(directory, tokenizer_json):
+    """Twelve rows, three evaluation folders and a tokenizer, laid out as the demo set is."""
+    random, tokenizer = np.random.default_rng(0), m3jax.Tokenizer.from_json(tokenizer_json)
+
+    def text(words, shortest, longest):
+        while True:
+            drawn = " ".join(random.choice(WORDS, words, replace=False))
+            if shortest <= len(tokenizer.encode([drawn])[0][0]) <= longest:
+                return drawn
+
+    def passage():
+        return text(3, 9, 16)
+
+    rows = [{"query": text(1, 3, 8), "pos": [passage()], "neg": [passage()]} for _ in range(12)]
+    write(directory / "train.jsonl", rows)
+    (directory / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    corpus = [{"id": f"p{i}", "title": "", "text": passage()} for i in range(8)]
+    queries = [{"id": f"q{i}.{'sw' if i == 2 else 'de'}.0", "text": text(1, 3, 8)} for i in range(4)]
+    for name in ("dev", "test", "test-unseen"):
+        write(directory / name / "corpus.jsonl", corpus)
+        write(directory / name / "test_queries.jsonl", queries)
+        judged = [{"qid": query["id"], "docid": f"p{i}", "relevance": 1} for i, query in enumerate(queries)]
+        write(directory / name / "test_qrels.jsonl", judged)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tiny_tokenizer_json):
+    directory = tmp_path_factory.mktemp("data")
+    write_set(directory, tiny_tokenizer_json)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def configured(data):
+    """configured(output, key=value, …): base.py at the sizes above, on `data`."""
+
+    def make(output, **changes):
+        config = base.get_config()
+        config.name, config.output = "tiny", str(output)
+        config.model.update(SIZES)
+        config.tokenizer = str(data / "tokenizer.json")
+        config.data.update(
+            train=str(data / "train.jsonl"), dev=str(data / "dev"), test=f"{data / 'test'},{data / 'test-unseen'}"
+        )
+        config.data.folder = str(data / "prepared")
+        config.update(TRAINING)
+        config.example.update(query="*.sw.*", language="Swahili")
+        config.update_from_flattened_dict(changes)
+        return config
+
+    return make
+
+
+class Steps:
+    """In place of make_step: settings that compile to the same step share it, and `before` sees each step begin."""
+
+    def __init__(self):
+        self._compiled = {}
+        self._make = train.loop.make_step
+        self.before = lambda state: state
+
+    def make(self, model, config, optimizer, mesh, state):
+        key = (model, *(str(config[name]) for name in _COMPILED_IN))
+        if key not in self._compiled:
+            self._compiled[key] = self._make(model, config, optimizer, mesh, state)
+        return lambda state, batch: self._compiled[key](self.before(state), batch)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        steps = Steps()
+        patch.setattr(train.loop, "make_step", steps.make)
+        yield steps
+
+
+@pytest.fixture
+def steps(all_steps):
+    yield all_steps
+    all_steps.before = lambda state: state
+
+
+@pytest.fixture(scope="module")
+def ran(configured, tmp_path_factory, all_steps):
+    """The directory and the results of a run that nothing disturbs."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    return run, train.loop.train(configured(run))
+
+
+def metrics(run, *, timeless=False):
+    """The lines of metrics.jsonl; timeless: without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "tokens_per_second") if timeless else ()
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+
+
+def files(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def without_times(results):
+    return {name: value for name, value in results.items() if name not in ("date", "seconds", "config", "commands")}
+
+
+def test_metrics(ran):
+    rows = metrics(ran[0])
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4]
+    parts = {f"loss/{name}" for name in ("dense", "sparse", "colbert", "hybrid")}
+    measures = {"step", "seconds", "loss", "gradient_norm", "learning_rate", "tokens_per_second"}
+    measures |= parts | {"active_terms/query", "active_terms/passage"}
+    taught = {f"distill/{name}" for name in ("dense", "sparse", "colbert")}
+    assert [set(row) for row in trained] == [measures, measures, measures | taught, measures | taught]
+    assert [row["learning_rate"] for row in trained] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    evaluated = [row for row in rows if "dev/all/ndcg_at_10" in row]
+    assert [row["step"] for row in evaluated] == [2, 4]
+    assert {name.split("/")[1] for name in evaluated[0] if name.startswith("dev/")} == set(FUNCTIONS)
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+def test_results(ran, data):
+    run, results = ran
+    assert json.loads((run / "results.json").read_text()) == json.loads(json.dumps(results))
+    found = [(one["name"], one["model"], tuple(one["scores"])) for one in results["evaluations"]]
+    assert found == [
+        ("test", "trained", ("bm25", *FUNCTIONS)),
+        ("test-unseen", "trained", ("bm25", *FUNCTIONS)),
+        ("test", "untrained", FUNCTIONS),
+        ("test-unseen", "untrained", FUNCTIONS),
+    ]
+    example = results["example"]
+    assert example["language"] == "Swahili" and set(example["tops"]) == {"bm25", *FUNCTIONS}
+    assert all(len(tops) == 3 for function, tops in example["tops"].items() if function != "bm25")
+    assert results["config"]["data"]["train"] == str(data / "train.jsonl")
+    assert results["parameters"] == sum(x.size for x in jax.tree.leaves(m3jax.load(run / "model").params))
+    assert results["seconds"]["total"] == pytest.approx(
+        sum(value for name, value in results["seconds"].items() if name != "total"), abs=0.5
+    )
+
+
+def test_files(ran):
+    run, _ = ran
+    assert {path.name for path in run.iterdir()} == {
+        *("checkpoints", "model", "pictures", "metrics.jsonl", "report.html", "results.json", "untrained.json"),
+    }
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "4"}
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "tiny" in page and "Swahili" in page and "nDCG@10" in page
+    assert not [path for path in run.rglob("*") if "partial" in path.name or "tmp" in path.name]
+
+
+def test_the_released_model_is_the_last_checkpoint(ran):
+    run, _ = ran
+    released, last, before = (m3jax.load(run / name) for name in ("model", "checkpoints", "checkpoints/2"))
+    assert released.config == last.config and released.tokenizer.json == last.tokenizer.json
+    for a, b in zip(jax.tree.leaves(released.params), jax.tree.leaves(last.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(
+        *(m.params["encoder"]["embeddings"]["word_embeddings"]["embedding"] for m in (last, before))
+    )
+
+
+def test_what_a_person_sees(ran, configured, capfd):
+    run, _ = ran
+    train.loop.train(configured(run, steps=4))
+    shown = capfd.readouterr().out
+    for part in ("tiny: M3(1 layers × 16", "12 rows of", "going on after step 4", "BM25", "Query (Swahili)", str(run)):
+        assert part in shown
+
+
+def test_the_commands_work(ran, capsys):
+    run, results = ran
+    assert len(results["commands"]) == 3
+    for command in results["commands"]:
+        python, flag, what, *arguments = shlex.split(command)
+        assert python == "python"
+        if flag == "-c":
+            exec(what, {})
+            assert "▁" in capsys.readouterr().out
+        else:
+            {"train.evaluate": train.evaluate, "convert": convert.__main__}[what].main(arguments)
+            assert {"train.evaluate": "| all |", "convert": "→"}[what] in capsys.readouterr().out
+    assert m3jax.load(run / "orbax").config == m3jax.load(run / "model").config
+    shutil.rmtree(run / "orbax")
+
+
+def test_a_finished_run_trains_no_more(ran, configured, steps, monkeypatch):
+    run, results = ran
+    kept = files(run / "model") | files(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()}
+    steps.before = lambda state: pytest.fail("a step of a finished run")
+    measured = []
+    evaluate = train.loop.evaluate
+    monkeypatch.setattr(
+        train.loop,
+        "evaluate",
+        lambda m3, task, **options: (measured.append(task.name), evaluate(m3, task, **options))[1],
+    )
+    again = train.loop.train(configured(run))
+    assert files(run / "model") | files(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()} == kept
+    assert without_times(again) == without_times(results)
+    assert measured == ["test", "test-unseen"]  # the untrained model is not measured a second time
+
+
+def test_other_test_sets_are_measured_untrained_too(ran, configured, data, tmp_path):
+    run = shutil.copytree(ran[0], tmp_path / "run")
+    results = train.loop.train(configured(run, **{"data.test": str(data / "test-unseen")}))
+    found = [(one["name"], one["model"]) for one in results["evaluations"]]
+    assert found == [("test-unseen", "trained"), ("test-unseen", "untrained")]
+    assert results["evaluations"] == [one for one in ran[1]["evaluations"] if one["name"] == "test-unseen"]
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_an_interrupted_run_goes_on(ran, configured, steps, tmp_path, at):
+    """Interrupted as step at + 1 begins: right after the save of step 2, and a step later."""
+    run, results = ran
+
+    def interrupt(state):
+        if int(state.step) == at:
+            raise KeyboardInterrupt
+        return state
+
+    steps.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        train.loop.train(configured(tmp_path / "run"))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"model", "results.json", "report.html"}
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2"}
+    steps.before = lambda state: state
+    resumed = train.loop.train(configured(tmp_path / "run"))
+    assert files(tmp_path / "run" / "model") == files(run / "model")
+    assert without_times(resumed) == without_times(results)
+    in_order = sorted(metrics(run, timeless=True), key=lambda row: (row["step"], "loss" in row))
+    assert sorted(metrics(tmp_path / "run", timeless=True), key=lambda row: (row["step"], "loss" in row)) == in_order
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"seed": 1}, "seed was 0, is 1"), ({"steps": 5}, "steps was 4, is 5")]
+)
+def test_a_run_does_not_go_on_with_other_settings(ran, configured, changes, message):
+    run, _ = ran
+    before = files(run)
+    with pytest.raises(ValueError, match=message):
+        train.loop.train(configured(run, **changes))
+    assert files(run) == before
+
+
+# Step 3 is the first on poisoned parameters; once the loop saves after each step, once after every second.
+@pytest.mark.parametrize(("save_every", "last"), [(2, "2"), (1, "2")])
+def test_a_loss_that_is_not_finite_stops_the_run(configured, steps, tmp_path, save_every, last):
+    def poison(state):
+        if int(state.step) != 2:
+            return state
+        params = jax.tree.map(lambda x: x, state.params)
+        kernel = params["heads"]["colbert_linear"]["kernel"]
+        params["heads"]["colbert_linear"]["kernel"] = jax.device_put(kernel * np.nan, kernel.sharding)
+        return train.loop.TrainState(params, state.optimizer, state.step)
+
+    steps.before = poison
+    # Dev scores of parameters that are not finite would stop the run for another reason.
+    config = configured(tmp_path, save_every=save_every, evaluate_untrained=False, **{"data.dev": "", "data.test": ""})
+    with pytest.raises(ValueError, match="step 3") as error:
+        train.loop.train(config)
+    for part in ("loss", "loss/colbert", "loss/hybrid", "distill/colbert"):
+        assert part in str(error.value)
+    assert "loss/dense" not in str(error.value)
+    assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == last
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(m3jax.load(tmp_path / "checkpoints").params))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path):
+    run, results = ran
+    steps.before = lambda state: pytest.fail("far enough")
+    with pytest.raises(pytest.fail.Exception, match="far enough"):
+        train.loop.train(configured(tmp_path, init_from=str(run / "model"), tokenizer=""))
+    untrained = json.loads((tmp_path / "untrained.json").read_text())
+    for start, end in zip(untrained, results["evaluations"], strict=False):
+        assert start["scores"] == {name: value for name, value in end["scores"].items() if name != "bm25"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "fox", "pos": ["the fox"]', "one JSON object"),
+        ('{"query": "fox"}', "`pos` is required"),
+        ('{"query": "fox", "pos": []}', "`pos` must be a non-empty list"),
+        ('{"query": ["fox"], "pos": ["the fox"]}', "`query` must be a non-empty str"),
+    ],
+    ids=["not JSON", "no field", "empty", "type"],
+)
+def test_bad_rows_end_a_run_before_it_starts(data, configured, steps, tmp_path, line, message):
+    steps.before = lambda state: pytest.fail("a step on bad rows")
+    path = tmp_path / "rows.jsonl"
+    path.write_text((data / "train.jsonl").read_text() + line + "\n")
+    with pytest.raises(ValueError) as error:
+        train.loop.train(configured(tmp_path / "run", **{"data.train": str(path)}))
+    assert f"{path}:13: " in str(error.value) and message in str(error.value)
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.train": ""}, "data.train names the training rows"),
+        ({"data.train": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"data.test": "nowhere"}, "nowhere/corpus.jsonl: expected a file"),
+        ({"tokenizer": ""}, "random weights need a tokenizer"),
+        ({"tokenizer": "nowhere.json"}, "nowhere.json"),
+        ({"init_from": "nowhere"}, "nowhere"),
+        ({"passage_max_length": 33}, "passage_max_length must fit the position table, at most 32, got 33"),
+        ({"model.num_attention_heads": 3}, "multiple of num_attention_heads"),
+        ({"length_groups": ((16, 13),)}, "12 rows, fewer than its batch_size 13"),
+        ({"length_groups": (16, 4)}, "length_groups"),
+        ({"mesh.data": 3}, "mesh sizes must multiply to the number of devices"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings_end_a_run_before_it_starts(configured, steps, tmp_path, changes, message):
+    steps.before = lambda state: pytest.fail("a step on bad settings")
+    with pytest.raises(ValueError, match=message):
+        train.loop.train(configured(tmp_path, evaluate_untrained=False, **changes))
+
+
+def test_a_batch_divides_by_the_devices(configured, tmp_path):
+    config = configured(tmp_path, length_groups=((64, 16), (128, 12)))
+    assert [tuple(group) for group in train.loop._length_groups(config, 4)] == [(64, 16), (128, 12)]
+    with pytest.raises(ValueError, match=r"8 devices .* up to 128 tokens it is 12; the nearest sizes are 8 and 16$"):
+        train.loop._length_groups(config, 8)
+    with pytest.raises(ValueError, match=r"up to 64 tokens it is 16; the nearest sizes are 32$"):
+        train.loop._length_groups(config, 32)
+
+
+def test_which_query_is_the_example(ran):
+    m3 = m3jax.load(ran[0] / "model")
+    queries = {"a.sw": "paris", "b.sw": "fox", "c.de": "cat", "d.xx": "dog"}
+    judged = {"d.xx": {"p": 0}, "c.de": {"p": 1}, "b.sw": {"p": 1}, "a.sw": {"p": 0}}
+    task = train.evaluate.Task("task", {"p": "quick brown fox"}, queries, judged)
+    runs = {"dense": {"b.sw": {"p": 0.5}, "c.de": {"p": 0.5}}}
+    found = worked_example(m3, task, runs, "*.sw", "Swahili")
+    # Queries without a relevant passage are not ranked: there is nothing to show of them.
+    assert found is not None and found["query"] == "fox" and len(found["tops"]["dense"]) == 1
+    assert worked_example(m3, task, runs, "*.xx", "") is None and worked_example(m3, task, runs, "*.yy", "") is None
+
+
+def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, monkeypatch, capfd):
+    """configs/quickstart.py as it stands but for sizes, through the program's own flags and the "cldr" paths."""
+    seeds = []
+
+    def write_demo(directory, *, seed):
+        seeds.append(seed)
+        write_set(directory, tiny_tokenizer_json)
+
+    monkeypatch.setattr(train.data.cldr, "write_demo", write_demo)
+    changes = {f"model.{name}": size for name, size in SIZES.items()} | TRAINING
+    changes |= {"output": tmp_path / "run", "data.folder": tmp_path / "data"}
+    flags = [f"--config.{name}={value}" for name, value in changes.items()]
+    arguments = ["train.main", f"--config={ROOT / 'configs' / 'quickstart.py'}", *flags]
+    monkeypatch.setattr(sys, "argv", arguments)  # where ml_collections looks for the keys that are changed
+    assert program.parse(arguments) == arguments[:1]
+    program.main(arguments[:1])
+    shown = capfd.readouterr()
+    for part in (
+        "writing the embedded demo set",
+        "quickstart: M3(1 layers × 16",
+        "12 rows of cldr",
+        "compiling for 4 quer",
+    ):
+        assert part in shown.out
+    for part in ("test-unseen", "untrained all", "BM25", "Query (Swahili)", "report.html", "python -m train.evaluate"):
+        assert part in shown.out
+    assert "Traceback" not in shown.err and "100%" in shown.err
+    assert (tmp_path / "run" / "log.txt").read_text()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["name"] == "quickstart" and len(results["evaluations"]) == 4 and results["example"]
+    assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
+    folder = next((tmp_path / "data").glob("cldr-*"))
+    assert f"--data {folder / 'test-unseen'}" in shown.out and not list((tmp_path / "data").glob("*.partial"))
+    shutil.rmtree(tmp_path / "run" / "model")
+    program.main(arguments[:1])
+    assert seeds == [0] and (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_wrong_command_lines_are_answered_in_a_line():
+    quickstart = "--config=configs/quickstart.py"
+    wrong = {
+        "Did you mean": [quickstart, "--config.learning_rat=1e-3"],
+        "hidden_size": [quickstart, "--config.model.hiden_size=8"],
+        "--config must have a value": [],
+        "nowhere.py": ["--config=configs/nowhere.py"],
+        "steps=many": [quickstart, "--config.steps=many"],
+    }
+    started = {
+        expected: subprocess.Popen(
+            [sys.executable, "-m", "train.main", *arguments], cwd=ROOT, stdout=-1, stderr=-1, text=True
+        )
+        for expected, arguments in wrong.items()
+    }
+    answers = {expected: (*process.communicate(), process.returncode) for expected, process in started.items()}
+    for expected, (out, error, code) in answers.items():
+        assert code == 1 and out == "", (expected, error)
+        assert error.startswith("error: ") and expected in error and "Traceback" not in error, error
+        assert len(error.strip().splitlines()) == 1, error

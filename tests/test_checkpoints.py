@@ -1,0 +1,184 @@
+"""Checkpoints of a run: resumed is never stopped, bit for bit; what a run must not go on from is refused.
+
+Not here: the model's own items of a step (test_checkpoint.py) and a whole run that is interrupted (e2e/test_train.py).
+"""
+
+import dataclasses
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("grain", reason="training needs the train extra")
+pytest.importorskip("optax", reason="training needs the train extra")
+pytest.importorskip("orbax.checkpoint", reason="training needs the train extra")
+pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
+
+import m3jax
+from configs import base
+from m3jax.config import M3Config
+from m3jax.model import init
+from m3jax.sharding import make_mesh
+from train.checkpoints import Checkpoints
+from train.data.builders import Row
+from train.data.pipeline import LengthGroup, make_batches
+from train.optimizer import make_optimizer
+from train.step import TrainState, make_state, make_step
+
+STEPS, STOP = 6, 3
+SETTINGS = {"seed": 3, "length_groups": ((8, 4),), "steps": STEPS, "train": "rows.jsonl"}
+
+
+class Memory:
+    """Ten rows with made-up ids: a query, a positive and a negative each."""
+
+    positives = negatives = np.ones(10, np.int32)
+    query_lengths = passage_lengths = np.full(10, 6, np.int32)
+
+    def __len__(self):
+        return 10
+
+    def rows(self, indices):
+        made = []
+        for i in map(int, indices):
+            texts = np.random.default_rng(i).integers(4, 100, (3, 6)).astype(np.int32)
+            texts[:, 0], texts[:, -1] = 0, 2
+            made.append(Row(texts[0], list(texts[1:]), 1, np.array([(i, 1), (i, 2)], np.uint32)))
+        return made
+
+
+def config():
+    settings = base.get_config()
+    settings.update(steps=STEPS, warmup=0.2, learning_rate=1e-2, distill_start=4, dropout=0.1, remat=False)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return M3Config.tiny(vocab_size=tiny_tokenizer.vocab_size, max_position_embeddings=10, **sizes)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return jax.tree.map(np.asarray, init(model, jax.random.key(0)))
+
+
+def new_state(params):
+    return make_state(params, make_optimizer(config()), make_mesh())
+
+
+def on_host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def ran(model, params, tiny_tokenizer, tmp_path_factory):
+    """Six steps that save after the third, in the background, and go on at once; then a restored run of the last three."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    settings, mesh, optimizer = config(), make_mesh(), make_optimizer(config())
+    # XLA takes seconds for a step: both runs share it, and nothing else.
+    step = make_step(model, settings, optimizer, mesh, new_state(params))
+
+    def go_on(state, first, saved):
+        seen = []
+        arguments = {"seed": 3, "groups": [LengthGroup(8, 4)], "group_size": 2, "pad_id": tiny_tokenizer.pad_id}
+        batches = make_batches(Memory(), start_step=first, num_steps=STEPS, **arguments)
+        for done, batch in enumerate(batches, first + 1):
+            state, measures = step(state, batch)
+            if done == STOP:
+                saved.save(model, tiny_tokenizer, state, done)
+            seen.append((batch, on_host(measures), on_host(state)))
+        return seen
+
+    with jax.set_mesh(mesh):
+        with Checkpoints(folder, keep=2, settings=SETTINGS) as saved:
+            assert saved.last is None
+            whole = go_on(new_state(params), 0, saved)
+        with Checkpoints(folder, keep=2, settings=SETTINGS) as saved:
+            assert saved.last == STOP
+            restored = saved.restore(model, new_state(params))
+            start = on_host(restored)
+            placed = jax.tree.map(lambda x: x.sharding, restored)
+            resumed = go_on(restored, saved.last, saved)
+    return SimpleNamespace(folder=folder, whole=whole, resumed=resumed, start=start, placed=placed)
+
+
+def test_restored_is_what_was_saved(ran, params):
+    assert_same(ran.start, ran.whole[STOP - 1][2])
+    assert int(ran.start.step) == STOP
+    assert ran.placed == jax.tree.map(lambda x: x.sharding, new_state(params))
+
+
+def test_resumed_is_never_stopped(ran):
+    assert len(ran.whole) == STEPS and len(ran.resumed) == STEPS - STOP
+    for (batch, measures, state), (batch_again, measures_again, state_again) in zip(
+        ran.whole[STOP:], ran.resumed, strict=True
+    ):
+        assert_same(batch, batch_again)
+        assert_same(measures, measures_again)
+        assert_same(state, state_again)
+    assert not np.array_equal(ran.whole[0][0].query_ids, ran.whole[STOP][0].query_ids)
+
+
+def test_load_reads_a_run(ran, model, tiny_tokenizer):
+    m3 = m3jax.load(ran.folder)
+    assert m3.config == model and m3.tokenizer.json == tiny_tokenizer.json
+    assert_same(m3.params, ran.whole[STOP - 1][2].params)
+
+
+def test_other_settings_are_refused(ran, model, params):
+    other = {name: value for name, value in SETTINGS.items() if name != "train"} | {"steps": 7, "rows": 10}
+    with Checkpoints(ran.folder, keep=2, settings=other) as saved, pytest.raises(ValueError) as error:
+        saved.restore(model, new_state(params))
+    text = str(error.value)
+    for part in ("rows was None, is 10", "steps was 6, is 7", "train was 'rows.jsonl', is None"):
+        assert part in text
+    assert str(ran.folder) in text and "--config.output" in text and "seed" not in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"layer_norm_eps": 1e-6}, {"intermediate_size": 48}, {"num_hidden_layers": 2}, {"pooler": False}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_model_is_refused(ran, model, params, change):
+    other = dataclasses.replace(model, **change)
+    state = new_state(params)
+    if change != {"layer_norm_eps": 1e-6}:
+        shapes = jax.eval_shape(lambda: init(other, jax.random.key(0)))
+        state = new_state(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
+    with (
+        Checkpoints(ran.folder, keep=2, settings=SETTINGS) as saved,
+        pytest.raises(ValueError, match=f"another model.*{next(iter(change))}"),
+    ):
+        saved.restore(other, state)
+
+
+def test_what_a_kill_leaves_is_not_taken_for_finished(ran, model, params, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(ran.folder, folder)
+    # Orbax writes under such a name and renames when all is there: the optimiser is missing from this one.
+    partial = folder / "5.orbax-checkpoint-tmp"
+    shutil.copytree(folder / str(STOP), partial)
+    shutil.rmtree(partial / "optimizer")
+    with Checkpoints(folder, keep=2, settings=SETTINGS) as saved:
+        assert saved.last == STOP
+        assert int(saved.restore(model, new_state(params)).step) == STOP
+    assert_same(m3jax.load(folder).params, ran.start.params)
+
+
+def test_the_last_ones_are_kept(model, params, tiny_tokenizer, tmp_path):
+    state = new_state(params)
+    with Checkpoints(tmp_path, keep=2, settings=SETTINGS) as saved:
+        for step in (1, 2, 3, 3):  # the second 3 is there already, and left
+            saved.save(model, tiny_tokenizer, TrainState(state.params, state.optimizer, state.step), step)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdecimal()) == ["2", "3"]
