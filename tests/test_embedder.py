@@ -12,7 +12,7 @@ from m3jax.model import M3, apply, cast, shapes
 
 SHORT = ["the fox", "", "a cat", "東京", "the the"]
 LONG = ["the quick brown fox jumps over a lazy dog", "what is the capital of france", "der fuchs springt la ville"]
-TEXTS = [SHORT[0], LONG[0], *SHORT[1:4], *LONG[1:], SHORT[4], "a <mask> a </s> b"]
+TEXTS = [SHORT[0], LONG[0], *SHORT[1:4], *LONG[1:], SHORT[4], "a <mask> a </s> b", "☃ fox"]
 ALL = {"dense": True, "sparse": True, "colbert": True}
 
 
@@ -87,6 +87,7 @@ def test_lexical_weights_are_plain(m3, embeddings):
         assert {type(weight) for weight in weights.values()} <= {float} and all(w > 0 for w in weights.values())
         # Every token weighs more than 0 here, so a term is missing only because it may not be one.
         assert set(weights) == {str(id) for id in tokens(m3, text).tolist()} - {"0", "1", "2", "3"}
+    assert {0, 2, 3} <= {id for text in TEXTS for id in tokens(m3, text).tolist()}
 
 
 def test_a_weight_of_0_is_no_term(tiny_tokenizer):

@@ -283,7 +283,7 @@ def _model(m3: M3, state: TrainState) -> M3:
 
 def _untrained(config: Config, run: Path, m3: M3, tests: list[Task]) -> list[dict[str, Any]]:
     """Scores before the first step; a run that goes on keeps those that it measured."""
-    if not config.evaluate_untrained:
+    if not (config.evaluate_untrained and tests):
         return []
     kept = run / "untrained.json"
     if not (kept.exists() and (run / "checkpoints").exists()):

@@ -43,6 +43,8 @@ def torch_encoder() -> Callable[[M3Config, int], Any]:
     """
     torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (the `test` extra)")
     transformers = pytest.importorskip("transformers", reason="parity needs transformers (the `test` extra)")
+    # Models this small gain nothing from OpenMP, whose waiting threads spin on the cores that XLA wants.
+    torch.set_num_threads(1)
 
     def make(config: M3Config, seed: int) -> Any:
         theirs = transformers.XLMRobertaConfig(
