@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             m3 = M3(*checkpoint.read(given.src))
             weights.write(m3, given.dst)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{m3} → {given.dst}")
 

@@ -43,6 +43,17 @@ def write(m3: M3, directory: str | Path) -> None:
         checkpointer.save(directory, ocp.args.Composite(**arguments(m3.config, m3.params, m3.tokenizer)))
 
 
+def describe(directory: str | Path) -> tuple[M3Config, Tokenizer]:
+    """Config and tokenizer of a step, or of the last step in a folder of steps; ValueError where it is none of ours."""
+    step = _step(Path(directory).absolute())
+    if step is None:
+        raise ValueError(
+            f"{directory} must be an Orbax checkpoint of m3jax: a step with the items {PARAMS} and {MODEL}"
+        )
+    described = json.loads((step / MODEL / "metadata").read_text(encoding="utf-8"))
+    return M3Config(**described["config"]), Tokenizer.from_json(described["tokenizer"])
+
+
 def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Params, Tokenizer]:
     """Config, parameters and tokenizer of a step, or of the last step in a folder of steps, in the dtype stored.
 
@@ -51,13 +62,9 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
     """
     import orbax.checkpoint as ocp
 
+    config, tokenizer = describe(directory)
     step = _step(Path(directory).absolute())
-    if step is None:
-        raise ValueError(
-            f"{directory} must be an Orbax checkpoint of m3jax: a step with the items {PARAMS} and {MODEL}"
-        )
-    described = json.loads((step / MODEL / "metadata").read_text(encoding="utf-8"))
-    config, tokenizer = M3Config(**described["config"]), Tokenizer.from_json(described["tokenizer"])
+    assert step is not None
     handlers = {PARAMS: ocp.StandardCheckpointHandler(), MODEL: ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         stored = flatten(checkpointer.metadata(step).item_metadata[PARAMS].tree)

@@ -118,6 +118,7 @@ def apply(
     changes nothing. dropout (probability on hidden states) needs a key; remat trades memory for a second forward pass.
     Raises ValueError where l is beyond the position table.
     """
+    ids, mask = jnp.asarray(ids), jnp.asarray(mask)
     if ids.shape[1] > config.max_length:
         raise ValueError(
             f"rows must fit the position table: at most {config.max_length} tokens, got {ids.shape[1]}; cut the texts "

@@ -55,6 +55,14 @@ def config():
     return settings
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """XLA's optimisations would take half of this file's time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -59,6 +59,14 @@ def batch(known=None):
     return Batch(*texts(ROWS, 0), *texts(ROWS * GROUP, 1), identity, identity[columns])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """XLA's optimisations would take half of this file's time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def params():
     return init(MODEL, jax.random.key(0))

@@ -71,11 +71,11 @@ class Checkpoints:
                 + "; ".join(f"{k} was {stored['settings'].get(k)!r}, is {self._settings.get(k)!r}" for k in differ)
                 + ". Give the old ones, or another --config.output for a new run"
             )
-        found, params, _ = checkpoint.read(
-            self._directory.absolute() / str(step), sharding=lambda _: jax.tree.map(lambda x: x.sharding, state.params)
-        )
+        folder = self._directory.absolute() / str(step)
+        found, _ = checkpoint.describe(folder)
         if found != model:
             raise ValueError(f"{self._directory}: step {step} is of another model, {found}; this run has {model}")
+        _, params, _ = checkpoint.read(folder, sharding=lambda _: jax.tree.map(lambda x: x.sharding, state.params))
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.optimizer)
         restore = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         moments = self._manager.restore(step, args=ocp.args.Composite(**{_OPTIMIZER: restore}))[_OPTIMIZER]

@@ -21,7 +21,7 @@ def worked_example(
 
     The terms marked in a passage are those whose weights multiply to its sparse score, heaviest product first.
     """
-    found = sorted(query for query in task.qrels if fnmatch.fnmatch(query, pattern))
+    found = sorted(query for query in task.judged_queries if fnmatch.fnmatch(query, pattern))
     if not found:
         return None
     query = found[0]

@@ -86,12 +86,12 @@ def train(config: Config) -> dict[str, Any]:
         )
         step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
         for done, now in _steps(config, step, state, batches, first, log):
-            state, last = now, done == config.steps
-            if dev and (last or done % config.evaluate_every == 0):
+            state = now
+            if dev and _at(config.evaluate_every, done, config):
                 clock.lap("train")
                 log.write(done, _dev_scores(config, _model(m3, state), dev))
                 clock.lap("evaluate")
-            if last or done % config.save_every == 0:
+            if _at(config.save_every, done, config):
                 saved.save(m3.config, m3.tokenizer, state, done)
         trained = _model(m3, state)
     clock.lap("train")
@@ -140,8 +140,7 @@ def _steps(
         assert waiting is not None
         number, measures, tokens = waiting
         values = {name: float(value) for name, value in measures.items()}
-        if not math.isfinite(values["loss"]):
-            wrong = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        if wrong := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
             raise ValueError(
                 f"every measure of a step must be finite, but in step {number} these are not: {wrong}. The last checkpoint "
                 "is as it was; lower learning_rate, or look at the rows of that step"
@@ -169,9 +168,17 @@ def _steps(
             if waiting:
                 finish()
             waiting = done, measures, int(batch.query_mask.sum() + batch.passage_mask.sum())
-            if done == config.steps:
-                finish()
+            if _at(config.save_every, done, config) or _at(config.evaluate_every, done, config):
+                finish()  # before its state is saved or measured: it must be finite, and its line written
+                waiting = None
             yield done, state
+            if waiting is None:
+                timer = time.perf_counter()  # what was done with the state is not the next step's time
+
+
+def _at(every: int, done: int, config: Config) -> bool:
+    """Whether something that happens `every` so many steps, and at the end, happens after `done` steps."""
+    return done % every == 0 or done == config.steps
 
 
 _SHOWN = ("loss", "loss/dense", "loss/sparse", "loss/colbert", "loss/hybrid")
@@ -253,6 +260,8 @@ def _start(config: Config) -> M3:
             raise ValueError(
                 "random weights need a tokenizer: give --config.tokenizer=tokenizer.json, or --config.init_from"
             )
+        if not Path(named).is_file():
+            raise ValueError(f"tokenizer names a tokenizer.json, got {named!r}, which is no file")
         tokenizer = Tokenizer.from_file(named)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "pad", "eos", "unk")}
         sizes = {"colbert_dim": config.model.hidden_size} | config.model.to_dict()
@@ -266,7 +275,13 @@ def _start(config: Config) -> M3:
 
 def _length_groups(config: Config, rows: int) -> list[LengthGroup]:
     """The config's length groups; ValueError where a batch does not divide by the devices that share its rows."""
-    for length, batch in config.length_groups:
+    for group in config.length_groups:
+        if not (isinstance(group, tuple | list) and len(group) == 2 and all(isinstance(x, int) for x in group)):
+            raise ValueError(
+                "length_groups holds pairs (longest text in tokens, queries in a batch), like ((128, 96), (512, 24)); "
+                f"got {config.length_groups}"
+            )
+        length, batch = group
         if batch % rows:
             near = batch // rows * rows
             raise ValueError(
@@ -286,11 +301,14 @@ def _untrained(config: Config, run: Path, m3: M3, tests: list[Task]) -> list[dic
     if not (config.evaluate_untrained and tests):
         return []
     kept = run / "untrained.json"
-    if not (kept.exists() and (run / "checkpoints").exists()):
-        say("measuring the untrained model …")
-        measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]
-        _write_json(kept, measured)
-    return json.loads(kept.read_text(encoding="utf-8"))
+    if kept.exists() and (run / "checkpoints").exists():
+        measured = json.loads(kept.read_text(encoding="utf-8"))
+        if [one["name"] for one in measured] == [task.name for task in tests]:
+            return measured
+    say("measuring the untrained model …")
+    measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]
+    _write_json(kept, measured)
+    return measured
 
 
 def _evaluate(config: Config, m3: M3, task: Task, name: str) -> Evaluation:

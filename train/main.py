@@ -34,11 +34,15 @@ def main(arguments: Sequence[str]) -> None:
 def parse(arguments: Sequence[str]) -> list[str]:
     """absl's parser, with a mistyped key answered in one line ("Did you mean …") instead of a traceback."""
     try:
-        return flags.FLAGS(list(arguments))
+        left = flags.FLAGS(list(arguments))
+        _CONFIG.value.lock()  # a file that cannot be read is noticed at the first look
+        return left
     except AttributeError as error:
-        raise SystemExit(f"error: --config has the keys of configs/base.py and no other: {error}") from error
-    except (flags.Error, FileNotFoundError, TypeError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(
+            f"error: --config has the keys of configs/base.py and no other: {' '.join(str(error).split())}"
+        ) from error
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"error: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

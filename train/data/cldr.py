@@ -20,7 +20,8 @@ from babel.numbers import format_percent, get_currency_name
 from babel.units import format_unit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-# 36 of CLDR's languages, each of which names nearly everything itself. Most share their script with others here, because a name that was never seen is understood through related names.
+# 36 of CLDR's languages, each of which names nearly everything itself. Most share their script with others here, because a
+# name that was never seen is understood through related names.
 LANGUAGES = (
     *("ca", "cs", "de", "en", "es", "fr", "hr", "hu", "id", "it", "nb", "nl", "pl", "pt", "ro", "sv", "sw", "tr", "vi"),
     *("bg", "mk", "ru", "sr", "uk", "ar", "fa", "ur", "hi", "mr", "ne", "ja", "yue", "zh", "el", "ko", "th"),
