@@ -50,8 +50,12 @@ def describe(directory: str | Path) -> tuple[M3Config, Tokenizer]:
         raise ValueError(
             f"{directory} must be an Orbax checkpoint of m3jax: a step with the items {PARAMS} and {MODEL}"
         )
-    described = json.loads((step / MODEL / "metadata").read_text(encoding="utf-8"))
-    return M3Config(**described["config"]), Tokenizer.from_json(described["tokenizer"])
+    path = step / MODEL / "metadata"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        return M3Config(**described["config"]), Tokenizer.from_json(described["tokenizer"])
+    except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path}: expected config and tokenizer of a model, {error}; take another step") from error
 
 
 def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Params, Tokenizer]:

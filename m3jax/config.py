@@ -86,18 +86,26 @@ class M3Config:
         return cls(**({"colbert_dim": sizes["hidden_size"]} | sizes))
 
     @classmethod
-    def from_json(cls, text: str) -> "M3Config":
+    def from_json(cls, text: str, source: str = "config.json") -> "M3Config":
         """Read a released `config.json` (or one that `to_json` wrote); keys that do not change the model are passed over.
 
-        Raises ValueError where the file describes another architecture or lacks a size.
+        Raises ValueError, naming `source`, where it is not JSON, describes another architecture or lacks a size.
         """
-        given = json.loads(text)
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}: expected JSON, {error}; download or write it again") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{source}: expected a JSON object of sizes, got a {type(given).__name__}")
         wrong = [f"{k} = {given[k]!r}, expected {v!r}" for k, v in _FIXED.items() if given.get(k, v) != v]
         names = {field.name for field in dataclasses.fields(cls)}
         missing = sorted(n for n in _SIZES if n not in given)
+        wrong += [
+            f"{n} = {given[n]!r}, expected an integer" for n in _SIZES if n in given and type(given[n]) is not int
+        ]
         if wrong or missing:
             raise ValueError(
-                "config.json must describe an XLM-RoBERTa encoder: "
+                f"{source} must describe an XLM-RoBERTa encoder: "
                 + "; ".join(wrong + [f"{n} is missing" for n in missing])
             )
         known = {k: v for k, v in given.items() if k in names}

@@ -38,6 +38,8 @@ def load(directory: str | Path, *, dtype: str | None = None, heads: Literal["req
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} or None, got {dtype!r}")
+    if heads not in ("require", "init"):
+        raise ValueError(f"heads must be 'require' or 'init', got {heads!r}")
     if not Path(directory).is_dir():
         raise ValueError(f"expected a directory with a model or a checkpoint, got {str(directory)!r}, which is none")
     if checkpoint.is_checkpoint(directory):
@@ -48,7 +50,7 @@ def load(directory: str | Path, *, dtype: str | None = None, heads: Literal["req
 
 
 def save(m3: M3, directory: str | Path) -> None:
-    """Write a model as a released directory, which `load`, transformers, FlagEmbedding and sentence-transformers read.
+    """Write a model as a released directory, which `load`, transformers and FlagEmbedding read.
 
     The heads are the two `.pt` files, where FlagEmbedding and vLLM look. The directory appears when it is complete.
     """
@@ -133,6 +135,12 @@ class _Collected:
     def add(self, batch: PlannedBatch, ids: list[np.ndarray], result: Any) -> None:
         dense, terms, colbert = jax.device_get(result)
         rows = len(batch.rows)
+        for part in (dense, terms and terms[1], colbert):
+            if part is not None and not np.isfinite(part[:rows]).all():
+                raise ValueError(
+                    "embeddings must be finite, but the model gave NaN or infinity; look at its weights (a training run that "
+                    "diverged?) or, with dtype float16, take bfloat16"
+                )
         self._order.append(batch.rows)
         if self._dense is not None:
             self._dense[batch.rows] = dense[:rows]

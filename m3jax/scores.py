@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.representations import Representations
 
-# Elements of the largest array of one passage block, [block, q, i, j]: 16 MiB in float32. On two CPU cores (256 queries of
-# 16 tokens × 256 passages of 16, width 128, with gradients) 2^18, 2^20, 2^22, 2^24 take 0.31, 0.20, 0.18, 0.21 s for
-# colbert and 0.019, 0.026, 0.042, 0.076 s for sparse.
+# Elements of the largest array of one passage block, [block, j, q, i], 16 MiB in float32; a block is one passage at least.
+# On two CPU cores (256 queries of 16 tokens × 256 passages of 16, width 128, with gradients) 2^18, 2^20, 2^22, 2^24 take
+# 0.31, 0.20, 0.18, 0.21 s for colbert and 0.019, 0.026, 0.042, 0.076 s for sparse.
 _BLOCK_ELEMENTS = 1 << 22
 
 # PAPER §1, eq. 1 (v4): weights of dense, sparse, colbert in training and on MIRACL and MKQA.

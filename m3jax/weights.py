@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -69,9 +70,8 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     Raises ValueError on a file that is missing or broken, and one that lists every tensor missing, left over or misshapen.
     """
     directory = Path(directory)
-    if heads not in ("require", "init"):
-        raise ValueError(f"heads must be 'require' or 'init', got {heads!r}")
-    config = M3Config.from_json(_file(directory, "config.json").read_text(encoding="utf-8"))
+    described = _file(directory, "config.json")
+    config = M3Config.from_json(described.read_text(encoding="utf-8"), source=str(described))
     tensors = _read_tensors(directory)
     absent = []
     for head, file in HEAD_FILES.items():
@@ -96,7 +96,9 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     extra = []
     for name, tensor in tensors.items():
         path = expected.get(name)
-        if path is not None:
+        if path is not None and not jnp.issubdtype(tensor.dtype, jnp.floating):
+            extra.append(f"{name} (of dtype {tensor.dtype}; weights are floating point)")
+        elif path is not None:
             params[path] = tensor.T if path.endswith("/kernel") else tensor
         elif not _IGNORED.search(name):
             extra.append(name)
@@ -115,17 +117,21 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
 
 
 def write(m3: M3, directory: str | Path) -> None:
-    """Write a released directory that `read`, transformers, FlagEmbedding, sentence-transformers and vLLM read.
+    """Write a released directory that `read`, transformers and FlagEmbedding read, laid out for sentence-transformers too.
 
     The encoder goes to `model.safetensors`; the heads go to the two `.pt` files, where FlagEmbedding and vLLM look.
     Parameters keep their dtype. The directory appears under its name when it is complete; an existing one is replaced only
-    if it is a released directory itself.
+    if it holds nothing but what a save wrote, else ValueError.
     """
     directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise ValueError(
-            f"{directory} must be new, empty or an older model, but holds other files; choose another name"
-        )
+    if directory.exists():
+        there = directory.rglob("*") if directory.is_dir() else [directory]
+        foreign = sorted(p.name for p in there if p.is_file() and p.relative_to(directory).as_posix() not in _WRITTEN)
+        if foreign:
+            raise ValueError(
+                f"{directory} must be new or hold what an earlier save wrote, but there is {', '.join(foreign[:5])}; choose "
+                "another name"
+            )
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -145,9 +151,13 @@ def write(m3: M3, directory: str | Path) -> None:
     for name, content in _SENTENCE_TRANSFORMERS.items():
         (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_text(json.dumps(content(m3.config), indent=2) + "\n", encoding="utf-8")
+    # The old model keeps its name until the new one is complete, and is never half removed under it.
+    older = directory.with_name(directory.name + ".older")
+    shutil.rmtree(older, ignore_errors=True)
     if directory.exists():
-        shutil.rmtree(directory)
+        directory.rename(older)
     partial.rename(directory)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 # What sentence-transformers reads: the CLS hidden state, normalised (the dense function).
@@ -162,6 +172,12 @@ _SENTENCE_TRANSFORMERS = {
         "pooling_mode_cls_token": True,
         "pooling_mode_mean_tokens": False,
     },
+}
+
+_WRITTEN = {
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *HEAD_FILES.values(),
+    *_SENTENCE_TRANSFORMERS,
 }
 
 
@@ -187,7 +203,10 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     if (directory / "model.safetensors").exists():
         return _read_safetensors(directory / "model.safetensors")
     if index.exists():
-        shards: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            shards: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{index}: expected JSON {{"weight_map": {{tensor: file}}}}; write it again') from error
         tensors: dict[str, np.ndarray] = {}
         for file in sorted(set(shards.values())):
             tensors |= _read_safetensors(_file(directory, Path(file).name))

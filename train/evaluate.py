@@ -185,6 +185,17 @@ def read_task(folder: str | Path) -> Task:
     return Task(folder.name, corpus, queries, qrels)
 
 
+def read_tasks(folders: Sequence[str | Path]) -> list[Task]:
+    """The tasks of several folders; where two have one name ("test"), each is named by its path. ValueError as `read_task`,
+    and for a folder that is given twice."""
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"each folder is measured once; got one of them twice: {', '.join(map(str, folders))}")
+    tasks = [read_task(folder) for folder in folders]
+    if len({task.name for task in tasks}) < len(tasks):
+        tasks = [replace(task, name=Path(folder).as_posix()) for task, folder in zip(tasks, folders, strict=True)]
+    return tasks
+
+
 def measure(run: Mapping[str, Mapping[str, float]], qrels: Qrels) -> dict[str, float]:
     """Means of nDCG@10 and Recall@100 over the queries of qrels that have a relevant passage, by trec_eval.
 
@@ -337,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(done[-1].to_markdown(), flush=True)
             if flags.output is not None:
                 done[-1].write(Path(flags.output) / task.name.replace("/", "-") if len(tasks) > 1 else flags.output)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if len(done) > 1:
         overall = mean(done)

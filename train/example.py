@@ -4,6 +4,7 @@ Not here: how it is shown (report.py).
 """
 
 import fnmatch
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,22 +16,28 @@ Runs = Mapping[str, Mapping[str, Mapping[str, float]]]  # function → query id 
 
 
 def worked_example(
-    m3: M3, task: Task, runs: Runs, pattern: str, language: str, *, passages: int = 3
+    m3: M3, task: Task, runs: Runs, pattern: str, language: str, *, lengths: tuple[int, int], passages: int = 3
 ) -> dict[str, Any] | None:
     """The first query (by id) that matches the pattern, as the "example" of results.json; None where none matches.
 
-    The terms marked in a passage are those whose weights multiply to its sparse score, heaviest product first.
+    lengths: of queries and passages in tokens, as the ranking cut them. The terms marked in a passage are those whose
+    weights multiply to its sparse score, heaviest product first.
     """
     found = sorted(query for query in task.judged_queries if fnmatch.fnmatch(query, pattern))
     if not found:
         return None
     query = found[0]
-    own = m3jax.encode(m3, task.queries[query], dense=False).lexical_weights
-    assert isinstance(own, dict)
+
+    def weights(text: str, length: int) -> dict[str, float]:
+        with warnings.catch_warnings(action="ignore"):  # the ranking has said how many texts are cut
+            found = m3jax.encode(m3, text, dense=False, max_length=length).lexical_weights
+        assert isinstance(found, dict)
+        return found
+
+    own = weights(task.queries[query], lengths[0])
 
     def shared(text: str) -> list[str]:
-        theirs = m3jax.encode(m3, text, dense=False).lexical_weights
-        assert isinstance(theirs, dict)
+        theirs = weights(text, lengths[1])
         return list(m3.tokens({term: own[term] * theirs[term] for term in own.keys() & theirs.keys()}))
 
     tops = {}

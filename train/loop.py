@@ -5,11 +5,13 @@ Not here: what a step computes (step.py), what a measure means (evaluate.py), ho
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,13 +33,29 @@ from train.console import describe, say
 from train.data import cldr
 from train.data.builders import prepare
 from train.data.pipeline import Batch, LengthGroup, make_batches
-from train.evaluate import Evaluation, Task, evaluate, read_task
+from train.evaluate import Evaluation, Task, evaluate, read_task, read_tasks
 from train.example import worked_example
 from train.optimizer import learning_rate, make_optimizer
 from train.report import format_example, format_table, write_report
 from train.step import TrainState, make_state, make_step
 
 _DEMO = "cldr"
+
+# A run goes on only with these as it began, and with the same data: all but how often it is looked at and where.
+_KEPT = (
+    *("seed", "init_from", "length_groups", "group_size", "steps", "learning_rate", "warmup", "weight_decay", "clip"),
+    *(
+        "adam_b1",
+        "adam_b2",
+        "adam_eps",
+        "temperature",
+        "hybrid_weights",
+        "loss_weights",
+        "distill_start",
+        "dropout",
+        "dtype",
+    ),
+)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -46,6 +64,7 @@ def train(config: Config) -> dict[str, Any]:
     Returns the content of results.json. Raises ValueError, before training starts, on data, sizes or settings that cannot
     be trained, and during it on a loss that is not finite.
     """
+    _check(config)
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
@@ -65,8 +84,7 @@ def train(config: Config) -> dict[str, Any]:
     untrained = _untrained(config, run, m3, tests)
     clock.lap("evaluate")
 
-    settings = {key: config[key] for key in ("seed", "length_groups", "group_size", "steps", "distill_start")}
-    settings |= {"train": config.data.train, "rows": len(source)}
+    settings = {key: config[key] for key in _KEPT} | {"data": source.name}
     optimizer = make_optimizer(config)
     with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
         state = make_state(m3.params, optimizer, mesh)
@@ -100,14 +118,21 @@ def train(config: Config) -> dict[str, Any]:
     evaluations = [_evaluate(config, trained, task, "trained") for task in tests]
     example = None
     if tests:
-        example = worked_example(trained, tests[0], evaluations[0].runs, config.example.query, config.example.language)
+        example = worked_example(
+            trained,
+            tests[0],
+            evaluations[0].runs,
+            config.example.query,
+            config.example.language,
+            lengths=(config.query_max_length, config.passage_max_length),
+        )
     clock.lap("evaluate")
     results = {
         "name": config.name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
         "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
-        "seconds": clock.seconds(),
+        "seconds": clock.seconds(whole=first == 0),
         "hardware": f"{mesh.size} × {jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} CPU cores)",
         "versions": {name: importlib.metadata.version(name) for name in ("m3jax", "jax", "flax", "optax")},
         "commands": _next_commands(config, run),
@@ -117,10 +142,11 @@ def train(config: Config) -> dict[str, Any]:
     }
     _write_json(run / "results.json", results)
     report = write_report(run)
+    took = f" after going on from step {first}" if first else ""
     say("\n" + format_table(results))
     if example:
         say("\n" + format_example(example, bold=os.isatty(1)))
-    say(f"\nmodel   {run / 'model'}\nreport  {report}\nin {results['seconds']['total']:.0f} s; to try next:")
+    say(f"\nmodel   {run / 'model'}\nreport  {report}\nin {clock.total:.0f} s{took}; to try next:")
     for command in results["commands"]:
         say(f"  {command}")
     return results
@@ -189,12 +215,15 @@ class _Log:
 
     def __init__(self, path: Path, *, after: int):
         kept = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= after] if after else []
+        if path.exists() and after:
+            # A line without its end is one that a kill cut off.
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
         self._path = path
         self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         seconds = round(time.perf_counter() - self._began, 3)
@@ -215,8 +244,38 @@ class _Clock:
         self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
-    def seconds(self) -> dict[str, float]:
-        return {name: round(value, 1) for name, value in (self._laps | {"total": self._last - self._began}).items()}
+    @property
+    def total(self) -> float:
+        return self._last - self._began
+
+    def seconds(self, *, whole: bool) -> dict[str, float]:
+        """Seconds by name; with their "total" only where this process did the whole run."""
+        total = {"total": self.total} if whole else {}
+        return {name: round(value, 1) for name, value in (self._laps | total).items()}
+
+
+def _check(config: Config) -> None:
+    """ValueError that lists every setting that no run can have; what depends on data and devices is checked with them."""
+    rules = (
+        ("at least 1", lambda x: x >= 1, "steps log_every evaluate_every save_every keep_checkpoints group_size"),
+        ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip temperature adam_eps"),
+        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay"),
+        ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup"),
+        ("from 0 to below 1", lambda x: 0 <= x < 1, "dropout adam_b1 adam_b2"),
+        ("a step, or -1 for never", lambda x: x >= -1, "distill_start"),
+    )
+    wrong = [
+        f"{key} = {config[key]}, expected {rule}"
+        for rule, holds, keys in rules
+        for key in keys.split()
+        if not holds(config[key])
+    ]
+    if config.dtype not in ("float32", "bfloat16"):
+        wrong.append(f"dtype = {config.dtype!r}, expected 'float32' or 'bfloat16'")
+    if jax.process_count() > 1:
+        wrong.append(f"{jax.process_count()} processes: this version trains with one, over all of its devices")
+    if wrong:
+        raise ValueError("settings that no run can have: " + "; ".join(wrong))
 
 
 def _listed(paths: str) -> list[str]:
@@ -227,8 +286,10 @@ def _path(config: Config, path: str) -> Path:
     """A path of the config; those under "cldr" lie in the embedded demo set, which is written on first use."""
     if path.split("/")[0] != _DEMO:
         return Path(path)
-    # Written for this seed by this version of the code; a directory is there when it is complete.
-    folder = Path(config.data.folder) / f"{_DEMO}-{m3jax_version()}-{config.seed}"
+    # One folder for each version of what writes it, and each seed; a folder is there when it is complete.
+    made_by = Path(cldr.__file__).read_bytes()
+    made_by += "".join(importlib.metadata.version(name) for name in ("Babel", "tokenizers")).encode()
+    folder = Path(config.data.folder) / f"{_DEMO}-{hashlib.blake2b(made_by, digest_size=4).hexdigest()}-{config.seed}"
     if not folder.exists():
         say("writing the embedded demo set …")
         partial = folder.with_name(folder.name + ".partial")
@@ -237,13 +298,9 @@ def _path(config: Config, path: str) -> Path:
     return folder / (path.removeprefix(_DEMO).removeprefix("/") or "train.jsonl")
 
 
-def m3jax_version() -> str:
-    return importlib.metadata.version("m3jax")
-
-
 def _tasks(config: Config) -> tuple[Task | None, list[Task]]:
     dev = read_task(_path(config, config.data.dev)) if config.data.dev else None
-    return dev, [read_task(_path(config, path)) for path in _listed(config.data.test)]
+    return dev, read_tasks([_path(config, path) for path in _listed(config.data.test)])
 
 
 def _start(config: Config) -> M3:
@@ -251,6 +308,8 @@ def _start(config: Config) -> M3:
     if not config.data.train:
         raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
     if config.init_from:
+        if config.tokenizer:
+            raise ValueError(f"init_from brings its tokenizer; got tokenizer={config.tokenizer!r} too, leave it out")
         m3 = m3jax.load(config.init_from, dtype="float32", heads=config.heads)
     else:
         named = config.tokenizer
@@ -301,13 +360,13 @@ def _untrained(config: Config, run: Path, m3: M3, tests: list[Task]) -> list[dic
     if not (config.evaluate_untrained and tests):
         return []
     kept = run / "untrained.json"
-    if kept.exists() and (run / "checkpoints").exists():
-        measured = json.loads(kept.read_text(encoding="utf-8"))
-        if [one["name"] for one in measured] == [task.name for task in tests]:
-            return measured
+    of = {key: config[key] for key in ("seed", "init_from", "query_max_length", "passage_max_length")}
+    of |= {"model": repr(m3.config), "test": config.data.test}
+    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["of"] == of:
+        return known["evaluations"]
     say("measuring the untrained model …")
     measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]
-    _write_json(kept, measured)
+    _write_json(kept, {"of": of, "evaluations": measured})
     return measured
 
 
@@ -334,11 +393,11 @@ def _next_commands(config: Config, run: Path) -> list[str]:
     model = run / "model"
     commands = [
         f"python -c \"import m3jax; m = m3jax.load('{model}'); print(m.tokens(m3jax.encode(m, 'Kenya').lexical_weights))\"",
-        f"python -m convert from-pytorch {model} {run / 'orbax'}",
+        f"python -m convert from-pytorch {shlex.quote(str(model))} {shlex.quote(str(run / 'orbax'))}",
     ]
-    tests = _listed(config.data.test)
-    if tests:
-        commands.insert(1, f"python -m train.evaluate --model {model} --task custom --data {_path(config, tests[-1])}")
+    for folder in [*_listed(config.data.test)[-1:], *_listed(config.data.dev)][:1]:
+        data = shlex.quote(str(_path(config, folder)))
+        commands.insert(1, f"python -m train.evaluate --model {shlex.quote(str(model))} --task custom --data {data}")
     return commands
 
 

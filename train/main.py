@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
             from train.loop import train
 
             train(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

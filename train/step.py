@@ -85,7 +85,10 @@ def make_step(
         def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             return loss_and_parts(model, config, params, batch, distill, key)
 
-        gradients, measures = jax.grad(loss, has_aux=True)(state.params)
+        # GPUs and TPUs would round the factors of float32 products, scores among them, which the temperature then magnifies;
+        # products of bfloat16 are what they are.
+        with jax.default_matmul_precision("highest"):
+            gradients, measures = jax.grad(loss, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         measures["gradient_norm"] = optax.tree.norm(gradients)
         params: Any = optax.apply_updates(state.params, updates)

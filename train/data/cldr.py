@@ -141,7 +141,8 @@ def write_demo(directory: Path, *, seed: int) -> None:
     A query is a name, or the list of the facts, of one entry; relevant are all passages of that entry, all in other
     languages than the query. A string that names several entries, or facts that hold of several, are no query at all.
     No training text contains the string of an evaluation query, nor does one of its relevant passages (strings as in
-    `normalise`); the entries of test-unseen have no row in training. The three folders share one corpus. The same seed
+    `normalise`); the entries of test-unseen have no row in training (their names may
+    stand there as facts of others). The three folders share one corpus. The same seed
     and version of Babel give the same files. ValueError if CLDR gives fewer than `QUERIES` such queries.
     """
     rng = random.Random(seed)

@@ -204,10 +204,14 @@ class Batches:
         self._most_positives = int(source.positives.max())
         self.order = Order(seed, [len(m) for m in self._members], [g.batch_size for g in groups])
         self.shapes: list[tuple[int, int] | None] = [
-            (bucket_length(source.query_lengths[m].max()), bucket_length(source.passage_lengths[m].max()))
+            # A bucket may lie past the position table; a group's bound never does.
+            (
+                min(bucket_length(source.query_lengths[m].max()), group.max_length),
+                min(bucket_length(source.passage_lengths[m].max()), group.max_length),
+            )
             if len(m)
             else None
-            for m in self._members
+            for m, group in zip(self._members, groups, strict=True)
         ]
         for group, members in zip(groups, self._members, strict=True):
             self._check_fill(group, members)
