@@ -93,3 +93,16 @@ def test_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.hidden_size = 1  # type: ignore[misc]
     assert hash(config) == hash(M3Config.tiny())  # a static argument of jit
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected JSON"),
+        ("[]", "expected a JSON object of sizes, got a list"),
+        ('{"hidden_size": "64"}', "an integer"),
+    ],
+)
+def test_a_broken_file_is_named(text, message):
+    with pytest.raises(ValueError, match=f"here/config.json.*{message}"):
+        M3Config.from_json(text, source="here/config.json")

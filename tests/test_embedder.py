@@ -192,3 +192,10 @@ def test_progress_only_when_asked(m3, capsys):
     m3jax.encode(m3, TEXTS, progress=True, **ALL)
     shown = capsys.readouterr()
     assert shown.out == "" and f"{len(TEXTS)}/{len(TEXTS)}" in shown.err
+
+
+@pytest.mark.parametrize("asked", ["dense", "sparse", "colbert"])
+def test_a_model_of_nan_does_not_pass_for_empty_results(m3, asked):
+    broken = M3(m3.config, jax.tree.map(lambda x: x * jnp.nan, m3.params), m3.tokenizer)
+    with pytest.raises(ValueError, match="embeddings must be finite"):
+        m3jax.encode(broken, ["the fox"], **{part: part == asked for part in ALL})

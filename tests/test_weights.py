@@ -253,18 +253,20 @@ def test_no_directory(tmp_path):
         load(tmp_path / "nothing")
 
 
-def test_only_a_model_is_replaced(m3, saved, tmp_path):
+def test_only_what_a_save_wrote_is_replaced(m3, saved, tmp_path):
     other = M3(m3.config, jax.tree.map(lambda x: x + 1, m3.params), m3.tokenizer)
-    (saved / "old.txt").write_text("of the older model")
+    (saved / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"there is thesis.txt; choose another name"):
+        save(other, saved)
+    assert (saved / "thesis.txt").read_text() == "years of work"
+    assert_same_model(read(saved), m3)
+    (saved / "thesis.txt").unlink()
     save(other, saved)
     assert_same_model(read(saved), other)
-    assert not (saved / "old.txt").exists()
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds other files"):
-        save(m3, precious)
-    assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]  # no partial and no older one beside it
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(ValueError, match="file"):
+        save(m3, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     save(m3, tmp_path / "empty")
     assert_same_model(read(tmp_path / "empty"), m3)
@@ -292,3 +294,11 @@ def test_device_arrays_save_as_numpy_does(m3, saved, tmp_path):
     save(M3(m3.config, jax.tree.map(jnp.asarray, m3.params), m3.tokenizer), tmp_path / "device")
     for file in ("model.safetensors", "sparse_linear.pt", "colbert_linear.pt", "config.json"):
         assert (tmp_path / "device" / file).read_bytes() == (saved / file).read_bytes()
+
+
+def test_weights_of_integers_are_refused(saved):
+    tensors = safetensors.numpy.load_file(saved / "model.safetensors")
+    name = "encoder.layer.0.output.dense.weight"
+    safetensors.numpy.save_file(tensors | {name: tensors[name].astype(np.int8)}, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} .of dtype int8"):
+        read(saved)
