@@ -81,9 +81,6 @@ def train(config: Config) -> dict[str, Any]:
     groups = _length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"])
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
-    untrained = _untrained(config, run, m3, tests)
-    clock.lap("evaluate")
-
     settings = {key: config[key] for key in _KEPT} | {"data": source.name}
     optimizer = make_optimizer(config)
     with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
@@ -102,6 +99,8 @@ def train(config: Config) -> dict[str, Any]:
             num_steps=config.steps,
             pad_id=m3.tokenizer.pad_id,
         )
+        untrained = _untrained(config, run, m3, tests)
+        clock.lap("evaluate")
         step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
         for done, now in _steps(config, step, state, batches, first, log):
             state = now

@@ -358,7 +358,7 @@ def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path):
     steps.before = lambda state: pytest.fail("far enough")
     with pytest.raises(pytest.fail.Exception, match="far enough"):
         train.loop.train(configured(tmp_path, init_from=str(run / "model"), tokenizer=""))
-    untrained = json.loads((tmp_path / "untrained.json").read_text())
+    untrained = json.loads((tmp_path / "untrained.json").read_text())["evaluations"]
     for start, end in zip(untrained, results["evaluations"], strict=False):
         assert start["scores"] == {name: value for name, value in end["scores"].items() if name != "bm25"}
 
@@ -391,7 +391,8 @@ def test_bad_rows_end_a_run_before_it_starts(data, configured, steps, tmp_path, 
         ({"data.test": "nowhere"}, "nowhere/corpus.jsonl: expected a file"),
         ({"tokenizer": ""}, "random weights need a tokenizer"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json"),
-        ({"init_from": "nowhere"}, "nowhere"),
+        ({"init_from": "nowhere", "tokenizer": ""}, "nowhere"),
+        ({"init_from": "nowhere"}, "init_from brings its tokenizer"),
         ({"passage_max_length": 33}, "passage_max_length must fit the position table, at most 32, got 33"),
         ({"model.num_attention_heads": 3}, "multiple of num_attention_heads"),
         ({"length_groups": ((16, 13),)}, "12 rows, fewer than its batch_size 13"),
