@@ -33,7 +33,10 @@ class TrainState:
 
 
 def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, placed on the mesh; the optimiser's moments lie where their parameters do."""
+    """The state before the first step, placed on the mesh; the optimiser's moments lie where their parameters do.
+
+    It may share the buffers of `params`, which the first step then takes over.
+    """
     params = jax.device_put(params, shardings(params, mesh))
     places = shardings(jax.eval_shape(optimizer.init, params), mesh)
     # Without out_shardings the moments would be whole on every device, and the second step would compile again.
