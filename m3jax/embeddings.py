@@ -28,7 +28,8 @@ class Embeddings:
       single: whether one str was encoded, and not a list of them.
 
     Raises:
-      ValueError: where nothing is given, the parts differ in number of texts, or a part has a wrong shape or type.
+      ValueError: where nothing is given, the parts differ in number of texts, or a part has a wrong shape or type or a
+        number that is not finite.
 
     >>> vectors = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
     >>> weights = csr_matrix(np.array([[0, 0.5, 0], [0.25, 0, 1]], np.float32))
@@ -52,6 +53,7 @@ class Embeddings:
                     f"Embeddings: dense must be a float32 array [texts, width], got {self.dense.dtype}"
                     f" {list(self.dense.shape)}; use np.asarray(dense, np.float32) and give one row per text."
                 )
+            _check_finite("dense", [self.dense])
             lengths["dense"] = self.dense.shape[0]
         if self.terms is not None:
             _check_terms(self.terms)
@@ -135,6 +137,15 @@ def _shape(terms: csr_matrix) -> tuple[int, int]:
     return tuple(terms.shape)  # pyright: ignore
 
 
+def _check_finite(name: str, arrays: Sequence[np.ndarray]) -> None:
+    # A sum has no temporary array, and is NaN or infinite where an element is.
+    if not all(np.isfinite(array.sum()) for array in arrays):
+        raise ValueError(
+            f"Embeddings: {name} must be finite, got NaN or infinity, which no ranking could place; look at the model that"
+            " made it."
+        )
+
+
 def _check_terms(terms: csr_matrix) -> None:
     if not isinstance(terms, csr_matrix) or terms.dtype != np.float32:
         raise ValueError(
@@ -146,6 +157,7 @@ def _check_terms(terms: csr_matrix) -> None:
             "Embeddings: the token ids of each row of terms must ascend without repetition; call terms.sum_duplicates()"
             " (which adds repeated weights) or keep each term's maximum."
         )
+    _check_finite("terms", [terms.data])
     if terms.nnz and not terms.data.min() > 0:
         raise ValueError(
             f"Embeddings: stored weights of terms must be > 0, got {terms.data.min()}; drop zeros with"
@@ -162,3 +174,4 @@ def _check_colbert(colbert: Sequence[np.ndarray]) -> None:
                 f" vector each (every text has its EOS), got {vectors.dtype} {list(vectors.shape)} at text {row}"
                 f" beside width {width} at text 0."
             )
+    _check_finite("colbert", colbert)

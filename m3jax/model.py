@@ -116,7 +116,7 @@ def apply(
 
     ids: token ids, `<s>` first, filled up with pad_token_id. mask: True at real tokens; texts start at column 0. Padding
     changes nothing. dropout (probability on hidden states) needs a key; remat trades memory for a second forward pass.
-    Raises ValueError where l is beyond the position table.
+    An id past the vocabulary gives NaN. Raises ValueError where l is beyond the position table.
     """
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)
     if ids.shape[1] > config.max_length:

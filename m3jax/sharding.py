@@ -79,10 +79,3 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), partition(tree), is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
-
-
-def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """x placed as `spec` says on the mesh of `jax.set_mesh`; without one, x itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec)

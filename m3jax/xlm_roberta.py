@@ -75,10 +75,10 @@ class Embeddings(nnx.Module):
         self.layer_norm = _layer_norm(config, rngs)
 
     def __call__(self, ids: Int[Array, "b l"], positions: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        # Every token has type 0, the only type that XLM-R knows.
+        # take gives NaN past the table, where indexing would silently clamp. Every token has type 0, the only one of XLM-R.
         hidden = (
-            self.word_embeddings.embedding[ids].astype(jnp.float32)
-            + self.position_embeddings.embedding[positions]
+            jnp.take(self.word_embeddings.embedding[...], ids, axis=0).astype(jnp.float32)
+            + jnp.take(self.position_embeddings.embedding[...], positions, axis=0)
             + self.token_type_embeddings.embedding[0]
         )
         return self.layer_norm(hidden)

@@ -157,8 +157,8 @@ def test_scores_and_equal_negatives_are_counted(prepared, tmp_path):
 
 
 BAD_LINES = [
-    ("{", r"a line must be one JSON object; Expecting .* at character 2"),
-    ("[1]", r"a line must be one JSON object; \[1\] came"),
+    ("{", r"must be one JSON object; Expecting .* at character 2"),
+    ("[1]", r"must be one JSON object; \[1\] came"),
     ('{"query": "q"}', "the field `pos` is required; the row has query"),
     ('{"pos": ["p"]}', "the field `query` is required"),
     ('{"query": " ", "pos": ["p"]}', '`query` must be a non-empty str; " " came'),
@@ -189,7 +189,7 @@ def test_bad_row(prepared, tmp_path, line, message):
 
 def test_bad_bytes(prepared, tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b'{"query": "\xff"}')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:1: a line must be UTF-8; byte 11 is not"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: must be UTF-8; byte 11 is not"):
         prepared(tmp_path / "bad.jsonl")
     whole = gzip.compress(json.dumps(ROWS[0]).encode() * 50)
     (tmp_path / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])

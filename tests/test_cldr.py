@@ -58,17 +58,16 @@ def test_passage_in_the_locales_own_listing() -> None:
     names, facts, locale = entry_names(Locale("sw")), entry_facts(), Locale("sw")
     tanzania = Entry("territory", "TZ")
     text = passage(tanzania, facts[tanzania], names, locale)
-    assert text == "Tanzania: Kiswahili (90%), Kiingereza (69%) na Shilingi ya Tanzania"
+    assert text == "Tanzania: Kiswahili, Kiingereza na Shilingi ya Tanzania"
     assert passage(Entry("territory", "nowhere"), (), names, locale) is None
 
 
 def test_counts_and_layout(demo: Path) -> None:
     rows = read(demo / "train.jsonl")
-    assert all(
-        set(row) == {"query", "pos", "neg"} and row["neg"] == [] and len(row["pos"]) == cldr.PASSAGE_LANGUAGES
-        for row in rows
-    )
-    assert len(rows) > 3000
+    assert all(set(row) == {"query", "pos", "neg"} and row["neg"] == [] for row in rows)
+    assert {len(row["pos"]) for row in rows} <= set(range(1, cldr.PASSAGE_LANGUAGES + 1))
+    assert all(len(row["query"]) <= cldr.QUERY_LENGTH for row in rows)
+    assert len(rows) > 2000
     for name in SETS:
         folder = demo / name
         corpus, queries, qrels = (read(folder / f"{f}.jsonl") for f in ("corpus", "test_queries", "test_qrels"))
@@ -76,7 +75,7 @@ def test_counts_and_layout(demo: Path) -> None:
         assert len({row["id"] for row in corpus}) == len(corpus) and len({row["id"] for row in queries}) == len(queries)
         assert {row["qid"] for row in qrels} == {row["id"] for row in queries}
         assert {row["docid"] for row in qrels} <= {row["id"] for row in corpus}
-        assert all(len(row["text"].split()) > 1 for row in corpus)
+        assert all(len(row["text"].split()) > 1 and len(row["text"]) <= cldr.PASSAGE_LENGTH for row in corpus)
         assert (folder / "corpus.jsonl").read_bytes() == (demo / "test" / "corpus.jsonl").read_bytes()
 
 
@@ -116,17 +115,31 @@ def test_relevant_are_all_passages_of_the_one_entry_in_other_languages(demo: Pat
             if normalise(row["text"]) in named:
                 assert named[normalise(row["text"])] == {asked}
             else:
-                told = {fact.entry for fact in facts[asked][: cldr.FACTS]}
-                assert [e for e, known in facts.items() if told <= {fact.entry for fact in known}] == [asked]
+                told = set(facts[asked][: cldr.FACTS])
+                assert [e for e, known in facts.items() if told <= set(known)] == [asked]
 
 
-def test_unseen_entries_have_no_passage_and_no_name_among_the_rows(demo: Path) -> None:
+def test_unseen_entries_are_told_nowhere_in_training(demo: Path) -> None:
     rows = read(demo / "train.jsonl")
-    texts = {row["id"]: row["text"] for row in read(demo / "test-unseen" / "corpus.jsonl")}
-    unseen = {texts[row["docid"]] for row in read(demo / "test-unseen" / "test_qrels.jsonl")}
-    assert unseen.isdisjoint(text for row in rows for text in row["pos"])
-    seen = {texts[row["docid"]] for row in read(demo / "test" / "test_qrels.jsonl")}
-    assert seen <= {text for row in rows for text in row["pos"]}
+    asked = {row["query"] for row in rows}
+    training = asked | {text for row in rows for text in row["pos"]}
+    corpus = {row["id"]: row["text"] for row in read(demo / "test-unseen" / "corpus.jsonl")}
+    unseen = {row["docid"] for row in read(demo / "test-unseen" / "test_qrels.jsonl")}
+    assert training.isdisjoint(corpus[doc] for doc in unseen)
+    unseen_entries = {Entry(*doc.rsplit(".", 1)[0].split(".", 1)) for doc in unseen}
+    names = {code: entry_names(Locale.parse(code)) for code in cldr.LANGUAGES}
+    facts, checked = entry_facts(), 0
+    for doc, text in corpus.items():
+        name_of, language = doc.rsplit(".", 1)
+        told = set(facts.get(Entry(*name_of.split(".", 1)), ())[: cldr.FACTS])
+        if hidden := told & unseen_entries & names[language].keys():
+            checked += 1
+            assert text not in training, f"{text} tells {hidden}"
+    assert checked > 10
+    # What is left of such passages is still learnt from, and all the others are learnt as they stand.
+    seen = {corpus[row["docid"]] for row in read(demo / "test" / "test_qrels.jsonl")}
+    assert len(seen & training) > 0.5 * len(seen)
+    assert not {text for text in training - asked if text not in corpus.values()} <= set()
 
 
 def test_same_seed_same_files(small: pytest.MonkeyPatch, demo: Path, tmp_path: Path) -> None:

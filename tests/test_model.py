@@ -126,6 +126,14 @@ def test_a_row_beyond_the_position_table(params):
     assert np.abs(run(moved) - run(params)).max() > 1e-3
 
 
+@pytest.mark.parametrize("id", [50, 1000, -51])
+def test_an_id_past_the_vocabulary_gives_nan_and_no_other_tokens_row(params, id):
+    ids, mask = batch(4, [[0, id, 2], [0, 7, 2]])
+    got = forward(params, ids, mask)
+    assert np.isnan(got.dense[0]).all()
+    assert np.isfinite(got.dense[1]).all()
+
+
 def test_bfloat16_matrices_and_a_float32_residual(params):
     ids, mask = batch(7)
     half = cast(params, jnp.bfloat16)

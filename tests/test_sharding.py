@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from m3jax.config import M3Config
 from m3jax.model import flatten, shapes
-from m3jax.sharding import AXES, constrain, make_mesh, partition, path_name, shardings
+from m3jax.sharding import AXES, make_mesh, partition, path_name, shardings
 
 DEVICES = jax.devices()[:1]
 
@@ -84,14 +84,6 @@ def test_shardings_are_on_the_mesh():
     placed = shardings(shapes(M3Config.tiny(num_hidden_layers=1)), mesh)
     one = placed["encoder"]["layers"][0]["q"]["kernel"]
     assert one.mesh == mesh and one.spec == PartitionSpec("fsdp", "tensor")
-
-
-def test_constrain_does_nothing_without_a_mesh():
-    x = jnp.ones(3)
-    assert constrain(x, PartitionSpec("data")) is x
-    with jax.set_mesh(make_mesh(devices=DEVICES)):
-        jaxpr = jax.make_jaxpr(lambda x: constrain(x, PartitionSpec("data")))(x)
-    assert "sharding_constraint" in str(jaxpr)
 
 
 EIGHT = """

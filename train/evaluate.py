@@ -4,8 +4,6 @@ How passages are ranked is m3jax.retrieval's, what the metrics mean pytrec_eval'
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +20,8 @@ from m3jax.embeddings import Embeddings
 from m3jax.model import M3
 from m3jax.retrieval import FUNCTIONS, Function, search
 from m3jax.tokenization import Tokenizer
-from train.report import METRICS
+from train.files import came, parse_object, read_lines, write_json, write_whole
+from train.results import METRICS
 
 # {query id: {passage id: score}}, best first.
 Run = dict[str, dict[str, float]]
@@ -149,9 +148,9 @@ class Evaluation:
                 for query, hits in run.items()
                 for rank, (passage, score) in enumerate(hits.items(), 1)
             )
-            _write(folder / f"{function}.run", "".join(lines))
-        _write(folder / "results.md", self.to_markdown() + "\n")
-        _write(folder / "results.json", json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+            write_whole(folder / f"{function}.run", "".join(lines))
+        write_whole(folder / "results.md", self.to_markdown() + "\n")
+        write_json(folder / "results.json", self.to_dict())
 
 
 def read_task(folder: str | Path) -> Task:
@@ -419,33 +418,18 @@ def _rows(path: Path, fields: dict[str, type], optional: dict[str, type] | None 
     expected = ", ".join(f"{name}: {kind.__name__}" for name, kind in fields.items())
     if not path.is_file():
         raise ValueError(f"{path}: expected a file of JSON lines {{{expected}}}, got no such file.")
-    # In bytes, because only b"\n" ends a JSON line.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: expected JSON {{{expected}}}, got {line[:80]!r} ({error}).") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object {{{expected}}}, got a {type(row).__name__}.")
+    for where, line in read_lines(path):
+        try:
+            row = parse_object(line)
             if missing := [name for name in fields if name not in row]:
-                raise ValueError(f"{where}: expected {{{expected}}}, got a row without {', '.join(missing)}.")
+                raise ValueError(f"the row lacks {', '.join(missing)}; {came(row)}")
             for name, kind in {**fields, **(optional or {})}.items():
                 # type() and not isinstance: true is no relevance.
                 if name in row and type(row[name]) is not kind:
-                    raise ValueError(
-                        f"{where}: expected {name} of type {kind.__name__}, got {type(row[name]).__name__} {row[name]!r:.80}."
-                    )
-            yield where, row
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+                    raise ValueError(f"`{name}` must be of type {kind.__name__}; {came(row[name])}")
+        except ValueError as error:
+            raise ValueError(f"{where}: expected {{{expected}}}: {error}.") from None
+        yield where, row
 
 
 if __name__ == "__main__":

@@ -35,9 +35,11 @@ from train.data.builders import prepare
 from train.data.pipeline import Batch, LengthGroup, make_batches
 from train.evaluate import Evaluation, Task, evaluate, read_task, read_tasks
 from train.example import worked_example
+from train.files import write_json, write_whole
 from train.optimizer import learning_rate, make_optimizer
-from train.report import format_example, format_table, write_report
+from train.report import write_report
 from train.step import TrainState, make_state, make_step
+from train.tables import format_example, format_table
 
 _DEMO = "cldr"
 
@@ -139,7 +141,7 @@ def train(config: Config) -> dict[str, Any]:
         "evaluations": [one.to_dict() | {"model": "trained"} for one in evaluations] + untrained,
         "example": example,
     }
-    _write_json(run / "results.json", results)
+    write_json(run / "results.json", results)
     report = write_report(run)
     took = f" after going on from step {first}" if first else ""
     say("\n" + format_table(results))
@@ -220,9 +222,7 @@ class _Log:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
         self._path = path
         self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         seconds = round(time.perf_counter() - self._began, 3)
@@ -365,7 +365,7 @@ def _untrained(config: Config, run: Path, m3: M3, tests: list[Task]) -> list[dic
         return known["evaluations"]
     say("measuring the untrained model …")
     measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]
-    _write_json(kept, {"of": of, "evaluations": measured})
+    write_json(kept, {"of": of, "evaluations": measured})
     return measured
 
 
@@ -398,10 +398,3 @@ def _next_commands(config: Config, run: Path) -> list[str]:
         data = shlex.quote(str(_path(config, folder)))
         commands.insert(1, f"python -m train.evaluate --model {shlex.quote(str(model))} --task custom --data {data}")
     return commands
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write a file that is there when it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=list) + "\n", encoding="utf-8")
-    partial.replace(path)

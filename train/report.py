@@ -1,4 +1,4 @@
-"""What a person sees of a run: results.json and metrics.jsonl as one HTML page, and the tables for a terminal.
+"""What a person sees of a run: results.json and metrics.jsonl as one HTML page with its pictures.
 
 Nothing is measured here: the numbers come from the loop and the evaluation, and the curves from train/pictures.py; what
 a run lacks is left out, never shown as zero.
@@ -6,17 +6,15 @@ a run lacks is left out, never shown as zero.
 
 import json
 import math
-import os
 import re
 import statistics
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NotRequired, TypedDict, cast, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any
 
 from m3jax.retrieval import FUNCTIONS
+from train.files import write_whole
 from train.pictures import (
     THEME,
     colour_name,
@@ -27,260 +25,18 @@ from train.pictures import (
     smoothing_window,
     standalone,
 )
-
-METRICS = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100"}
-
-
-class Evaluation(TypedDict):
-    """Scores of one model on one test set: {"bm25" or a function: {metric: value}}."""
-
-    name: str
-    model: Literal["trained", "untrained"]
-    scores: dict[str, dict[str, float]]
-    queries: NotRequired[int]
-    passages: NotRequired[int]
-    warnings: NotRequired[list[str]]
-
-
-class Top(TypedDict):
-    """One passage that a function found; `matched` holds substrings of it or SentencePiece pieces."""
-
-    text: str
-    score: float
-    relevant: NotRequired[bool]
-    matched: NotRequired[list[str]]
-
-
-class Example(TypedDict):
-    """One query and the first passages by each function."""
-
-    query: str
-    tops: dict[str, list[Top]]
-    language: NotRequired[str]
-
-
-class Results(TypedDict):
-    """The content of results.json."""
-
-    name: str
-    date: NotRequired[str]
-    config: NotRequired[dict[str, Any]]
-    parameters: NotRequired[int]
-    seconds: NotRequired[dict[str, float]]
-    hardware: NotRequired[str]
-    versions: NotRequired[dict[str, str]]
-    commands: NotRequired[list[str]]
-    model: NotRequired[str]
-    evaluations: NotRequired[list[Evaluation]]
-    example: NotRequired[Example | None]
-
-
-def _check(value: Any, kind: Any, place: str) -> None:
-    """Raises ValueError at the first part of `value` that is not of `kind`, naming its place."""
-    if get_origin(kind) is UnionType:
-        if value is None:
-            return
-        kind = get_args(kind)[0]
-    expected: Any = dict if is_typeddict(kind) else get_origin(kind) or kind
-    if expected is Any:
-        return
-    if expected is Literal:
-        fits, wanted = value in get_args(kind), f"one of {get_args(kind)}"
-    elif expected is float:
-        fits, wanted = type(value) in (int, float) and math.isfinite(value), "a finite number"
-    else:
-        fits, wanted = type(value) is expected, f"a value of type {expected.__name__}"
-    if not fits:
-        raise ValueError(
-            f"{place}: expected {wanted}, got {value!r:.80}. Run the evaluation again, or correct the file."
-        )
-    if is_typeddict(kind):
-        if missing := sorted(kind.__required_keys__ - value.keys()):
-            raise ValueError(f"{place}: expected the keys {missing} too, got {sorted(value)}. Add them.")
-        for key, inner in get_type_hints(kind).items():
-            if key in value:
-                _check(value[key], inner, f"{place}: {key}")
-    elif expected in (list, dict):
-        for key, item in enumerate(value) if expected is list else value.items():
-            _check(item, get_args(kind)[-1], f"{place}[{key!r}]")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: expected a file of UTF-8 text, as every run directory has it, got: {error}. Give a run directory."
-        ) from error
-
-
-def _parse(text: str, place: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{place}: expected a JSON object, got {text[:60]!r}: {error}. Correct or remove it."
-        ) from error
-    _check(value, dict[str, Any], place)
-    return value
-
-
-def _read_results(path: Path) -> Results:
-    results = _parse(_read(path), str(path))
-    _check(results, Results, str(path))
-    seen = set()
-    for evaluation in results.get("evaluations", []):
-        which = (evaluation["name"], evaluation["model"])
-        if which in seen:
-            raise ValueError(f"{path}: expected one evaluation per test set and model, got {which} twice. Rename one.")
-        seen.add(which)
-    return cast(Results, results)
-
-
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    """The logged lines, one a step; a resumed run logs some steps again, and then the later value counts."""
-    steps: dict[int, dict[str, float]] = {}
-    # Only "\n" ends a line of JSONL: str.splitlines would also cut at U+2028 inside a string.
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = _parse(line, f"{path}:{number}")
-        if type(row.get("step")) is not int:
-            raise ValueError(f"{path}:{number}: expected an integer 'step', got {row.get('step')!r}. Correct the line.")
-        for key, value in row.items():
-            # A loss that became NaN is a fact to show, so finiteness is not asked for here.
-            if type(value) not in (int, float):
-                raise ValueError(f"{path}:{number}: expected a number in {key!r}, got {value!r}. Correct the line.")
-        steps.setdefault(row["step"], {}).update(row)
-    return [steps[step] for step in sorted(steps)]
-
-
-def _names(results: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(evaluation["name"] for evaluation in results.get("evaluations", [])))
-
-
-def _cells(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """{row label: {test set: {metric: value}}}; BM25 first, then the trained functions, then the untrained ones."""
-    known = ("bm25", *FUNCTIONS)
-    cells: dict[tuple[bool, int, str], dict[str, dict[str, float]]] = {}
-    for evaluation in results.get("evaluations", []):
-        for function, scores in evaluation["scores"].items():
-            untrained = evaluation["model"] == "untrained" and function != "bm25"
-            place = known.index(function) if function in known else len(known)
-            label = ("untrained " if untrained else "") + ("BM25" if function == "bm25" else function)
-            cells.setdefault((untrained, place, label), {})[evaluation["name"]] = scores
-    return {key[2]: cells[key] for key in sorted(cells)}
-
-
-def _notes(results: Mapping[str, Any]) -> list[str]:
-    """Sizes of the test sets and the warnings of their evaluations, each once."""
-    notes = []
-    for evaluation in results.get("evaluations", []):
-        name = evaluation["name"]
-        sizes = [f"{evaluation[key]:,} {key}" for key in ("queries", "passages") if key in evaluation]
-        notes += [f"{name}: {', '.join(sizes)}"] * bool(sizes)
-        notes += [f"{name}: warning: {warning}" for warning in evaluation.get("warnings", [])]
-    return list(dict.fromkeys(notes))
-
-
-def format_table(results: Mapping[str, Any]) -> str:
-    """The evaluations as aligned text: nDCG@10 and Recall@100 of each test set; "" if there are none.
-
-    >>> scores = {"bm25": {"ndcg_at_10": 0.25}, "all": {"ndcg_at_10": 0.875, "recall_at_100": 1.0}}
-    >>> print(format_table({"evaluations": [{"name": "test", "model": "trained", "scores": scores}]}))
-          test
-          nDCG@10  Recall@100
-    BM25    0.250           –
-    all     0.875       1.000
-    """
-    cells, names = _cells(results), _names(results)
-    if not cells:
-        return ""
-    first = max(len(label) for label in cells)
-    inner = "  ".join(METRICS.values())
-    width = max(len(inner), *(len(name) for name in names))
-    lines = [
-        (" " * first + "".join(f"  {name:<{width}}" for name in names)).rstrip(),
-        (" " * first + f"  {inner:<{width}}" * len(names)).rstrip(),
-    ]
-    for label, sets in cells.items():
-        line = f"{label:<{first}}"
-        for name in names:
-            values = [sets.get(name, {}).get(key) for key in METRICS]
-            texts = ["–" if value is None else f"{value:.3f}" for value in values]
-            pair = "  ".join(f"{text:>{len(metric)}}" for text, metric in zip(texts, METRICS.values(), strict=True))
-            line += f"  {pair:<{width}}"
-        lines.append(line.rstrip())
-    return "\n".join([*lines, *_notes(results)])
-
-
-def _spans(text: str, matched: Sequence[str]) -> tuple[list[tuple[int, int]], list[str]]:
-    """Where the matched terms lie in the text, touching ones joined, and the terms that are not in it as written.
-
-    Terms lie anywhere; if one of them begins with "▁" all are SentencePiece pieces, and those with "▁" lie only after a
-    space and those without it only inside a word. Case is ignored, as tokenizers may fold it.
-    """
-    pieces = any(term.startswith("▁") for term in matched)
-    found: list[tuple[int, int]] = []
-    absent: list[str] = []
-    for term in dict.fromkeys(matched):
-        bare = term.replace("▁", " ").strip()
-        if not bare:
-            continue
-        before = (r"(?<!\S)" if term.startswith("▁") else r"(?<=\S)") if pieces else ""
-        hits = [hit.span() for hit in re.finditer(before + re.escape(bare), text, re.IGNORECASE)]
-        found += hits
-        absent += [bare] * (not hits)
-    joined: list[tuple[int, int]] = []
-    for begin, end in sorted(found):
-        # A mark that parts a letter from its vowel sign or tone breaks Thai and Indic shaping.
-        while end < len(text) and unicodedata.category(text[end]).startswith("M"):
-            end += 1
-        if joined and begin <= joined[-1][1]:
-            begin, end = joined[-1][0], max(end, joined.pop()[1])
-        joined.append((begin, end))
-    return joined, absent
-
-
-def _mark(text: str, matched: Sequence[str], mark: Callable[[str], str], plain: Callable[[str], str]) -> str:
-    """`mark` applied to the matched terms and `plain` to the rest; terms that are not in the text follow it."""
-    spans, absent = _spans(text, matched)
-    parts, last = [], 0
-    for begin, end in spans:
-        parts += [plain(text[last:begin]), mark(text[begin:end])]
-        last = end
-    parts.append(plain(text[last:]))
-    if absent:
-        parts += [plain(" (also matched: "), plain(", ").join(map(mark, absent)), plain(")")]
-    return "".join(parts)
-
-
-def _one_line(text: str) -> str:
-    # A control character of a data set must not reach the terminal as a command to it.
-    return " ".join("".join(" " if unicodedata.category(sign) == "Cc" else sign for sign in text).split())
-
-
-def format_example(example: Mapping[str, Any], *, bold: bool = False) -> str:
-    """The worked example as text; matched terms in [brackets], or in ANSI bold when `bold`.
-
-    >>> top = {"text": "Kenya: shilingi", "score": 0.5, "relevant": True, "matched": ["▁Ken", "ya"]}
-    >>> print(format_example({"query": "Kenya", "language": "Swahili", "tops": {"sparse": [top]}}))
-    Query (Swahili): Kenya
-    sparse
-      1  0.500  ✓  [Kenya]: shilingi
-    """
-
-    def mark(text: str) -> str:
-        return f"\033[1m{text}\033[0m" if bold else f"[{text}]"
-
-    language = f" ({example['language']})" if "language" in example else ""
-    lines = [f"Query{language}: {_one_line(example['query'])}"]
-    for function, tops in example["tops"].items():
-        lines.append(function)
-        for rank, top in enumerate(tops, start=1):
-            text = _mark(_one_line(top["text"]), [_one_line(t) for t in top.get("matched", [])], mark, str)
-            lines.append(f"  {rank}  {top['score']:.3f}  {'✓' if top.get('relevant') else ' '}  {text}")
-    return "\n".join(lines)
+from train.results import (
+    METRICS,
+    Example,
+    Results,
+    cells_of,
+    names_of,
+    ndcg_of,
+    notes_of,
+    read_metrics,
+    read_results,
+)
+from train.tables import mark_terms
 
 
 def _duration(seconds: float) -> str:
@@ -295,15 +51,6 @@ def _amount(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {word}"
     return f"{count:,}"
-
-
-def _ndcg(results: Results) -> dict[str, dict[str, float]]:
-    """{test set: {row label: nDCG@10}}."""
-    cells = _cells(results)
-    return {
-        name: {label: row[name]["ndcg_at_10"] for label, row in cells.items() if "ndcg_at_10" in row.get(name, {})}
-        for name in _names(results)
-    }
 
 
 def _html_head(results: Results, metrics: Sequence[Mapping[str, float]]) -> str:
@@ -327,7 +74,7 @@ def _html_head(results: Results, metrics: Sequence[Mapping[str, float]]) -> str:
 
 def _html_verdict(results: Results) -> str:
     """The first test set in three numbers: of "all", chosen beforehand, and of the best function only without it."""
-    for name, values in _ndcg(results).items():
+    for name, values in ndcg_of(results).items():
         trained = [label for label in values if label != "BM25" and not label.startswith("untrained ")]
         if trained:
             function = "all" if "all" in trained else max(trained, key=lambda label: values[label])
@@ -356,7 +103,7 @@ def _dot(function: str) -> str:
 
 
 def _html_table(results: Results) -> str:
-    cells, names = _cells(results), _names(results)
+    cells, names = cells_of(results), names_of(results)
     columns = [(name, metric) for name in names for metric in METRICS]
     best = {
         (name, metric): max((row[name][metric] for row in cells.values() if metric in row.get(name, {})), default=None)
@@ -377,9 +124,9 @@ def _html_table(results: Results) -> str:
 
 
 def _html_quality(results: Results, picture: str) -> str:
-    if not _cells(results):
+    if not cells_of(results):
         return ""
-    rows = {label.removeprefix("untrained ") for label in _cells(results)}
+    rows = {label.removeprefix("untrained ") for label in cells_of(results)}
     words = {
         "BM25": "counts shared terms; nothing is trained",
         "dense": "one vector for a text",
@@ -389,7 +136,7 @@ def _html_quality(results: Results, picture: str) -> str:
         "all": "the weighted sum of all three",
     }
     legend = "".join(f"<p>{_dot(row)}<b>{row}</b>: {text}</p>" for row, text in words.items() if row in rows)
-    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in _notes(results))
+    notes = "".join(f'<p class="soft">{escape(note)}</p>' for note in notes_of(results))
     return (
         f'<h2>How good it is</h2>{_html_verdict(results)}<div class="charts">{picture}<div>{legend}{notes}</div></div>'
         f"{_html_table(results)}"
@@ -405,7 +152,7 @@ def _html_example(example: Example) -> str:
         items = ""
         for rank, top in enumerate(tops, start=1):
             relevant = '<span class="good">✓ relevant</span>' if top.get("relevant") else ""
-            text = _mark(top["text"], top.get("matched", []), mark, escape)
+            text = mark_terms(top["text"], top.get("matched", []), mark, escape)
             meta = f'<div class="meta"><span>{rank} · {top["score"]:.3f}</span>{relevant}</div>'
             items += f'<li>{meta}<div dir="auto">{text}</div></li>'
         cards += f'<div class="card"><h3>{_dot(function)}{escape(function)}</h3><ol class="tops">{items}</ol></div>'
@@ -481,16 +228,6 @@ def _page(results: Results, metrics: Sequence[Mapping[str, float]], pictures: Ma
     )
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes beside the path and moves into place, so that an interrupted report never leaves half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_report(run_directory: Path) -> Path:
     """Writes report.html and pictures/{loss,dev,quality}.svg of a run from its results.json and metrics.jsonl.
 
@@ -499,18 +236,18 @@ def write_report(run_directory: Path) -> Path:
     file, and the line of metrics.jsonl, when one is missing or not as `Results` describes it.
     """
     run_directory = Path(run_directory)
-    results = _read_results(run_directory / "results.json")
-    metrics = _read_metrics(run_directory / "metrics.jsonl")
-    drawn = {"loss": draw_loss(metrics), "dev": draw_dev(metrics, FUNCTIONS), "quality": draw_quality(_ndcg(results))}
+    results = read_results(run_directory / "results.json")
+    metrics = read_metrics(run_directory / "metrics.jsonl")
+    drawn = {"loss": draw_loss(metrics), "dev": draw_dev(metrics, FUNCTIONS), "quality": draw_quality(ndcg_of(results))}
     pictures = {name: svg for name, svg in drawn.items() if svg is not None}
     folder = run_directory / "pictures"
     folder.mkdir(exist_ok=True)
     for name in drawn:
         path = folder / f"{name}.svg"
         if name in pictures:
-            _write(path, standalone(pictures[name]))
+            write_whole(path, standalone(pictures[name]))
         else:
             path.unlink(missing_ok=True)
     page = run_directory / "report.html"
-    _write(page, _page(results, metrics, pictures))
+    write_whole(page, _page(results, metrics, pictures))
     return page

@@ -5,13 +5,10 @@ Order, groups, drawing and padding are not here (`pipeline`), nor any set of our
 import contextlib
 import dataclasses
 import difflib
-import gzip
 import hashlib
 import io
 import itertools
-import json
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -22,6 +19,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from m3jax.tokenization import Tokenizer
+from train.files import came, parse_object, read_lines
 
 _FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type")
 _ERRORS_SHOWN = 10
@@ -166,22 +164,11 @@ def _files(paths: Sequence[str | PathLike[str]]) -> list[Path]:
     return files
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """`path:line` and the bytes of each line that is not blank."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole gzip file: {error}") from error
-
-
 def _check(files: Sequence[Path]) -> None:
     errors: list[str] = []
     for path in files:
         empty = True
-        for where, line in _lines(path):
+        for where, line in read_lines(path):
             empty = False
             try:
                 _parse(line)
@@ -202,14 +189,7 @@ def _report(errors: list[str]) -> str:
 
 def _parse(line: bytes) -> _Texts:
     """One row; ValueError says the rule and what came, without the place."""
-    try:
-        row = json.loads(line.decode("utf-8").rstrip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"a line must be UTF-8; byte {error.start} is not") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"a line must be one JSON object; {error.msg} at character {error.pos + 1}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a line must be one JSON object; {_came(row)}")
+    row = parse_object(line)
     for name in row:
         if name not in _FIELDS:
             close = difflib.get_close_matches(name, _FIELDS, n=1)
@@ -223,21 +203,21 @@ def _parse(line: bytes) -> _Texts:
     prompt = _optional(row, "prompt", "")
     kind = _optional(row, "type", "normal")
     if not (isinstance(query, str) and query.strip()):
-        raise ValueError(f"`query` must be a non-empty str; {_came(query)}")
+        raise ValueError(f"`query` must be a non-empty str; {came(query)}")
     if not (isinstance(positives, list) and positives):
-        raise ValueError(f"`pos` must be a non-empty list of non-empty str; {_came(positives)}")
+        raise ValueError(f"`pos` must be a non-empty list of non-empty str; {came(positives)}")
     for index, text in enumerate(positives):
         if not (isinstance(text, str) and text.strip()):
-            raise ValueError(f"`pos[{index}]` must be a non-empty str; {_came(text)}")
+            raise ValueError(f"`pos[{index}]` must be a non-empty str; {came(text)}")
     if not isinstance(negatives, list):
-        raise ValueError(f"`neg` must be a list of str; {_came(negatives)}")
+        raise ValueError(f"`neg` must be a list of str; {came(negatives)}")
     for index, text in enumerate(negatives):
         if not isinstance(text, str):
-            raise ValueError(f"`neg[{index}]` must be a str; {_came(text)}")
+            raise ValueError(f"`neg[{index}]` must be a str; {came(text)}")
     if not isinstance(prompt, str):
-        raise ValueError(f"`prompt` must be a str; {_came(prompt)}")
+        raise ValueError(f"`prompt` must be a str; {came(prompt)}")
     if kind != "normal":
-        raise ValueError(f'this version trains rows of `type` "normal" only; {_came(kind)}')
+        raise ValueError(f'this version trains rows of `type` "normal" only; {came(kind)}')
     scored = False
     for name, texts in (("pos_scores", positives), ("neg_scores", negatives)):
         scores = _optional(row, name, None)
@@ -246,25 +226,15 @@ def _parse(line: bytes) -> _Texts:
         scored = True
         # bool is an int to Python, and never a score
         if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
-            raise ValueError(f"`{name}` must be a list of numbers; {_came(scores)}")
+            raise ValueError(f"`{name}` must be a list of numbers; {came(scores)}")
         if len(scores) != len(texts):
             raise ValueError(f"`{name}` must have one number for each of {len(texts)} texts; {len(scores)} came")
-    for text in (prompt, query, *positives, *negatives):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"a text must be valid Unicode; lone surrogate {text[error.start]!a} came") from None
     return _Texts(prompt + query, positives, negatives, scored)
 
 
 def _optional(row: dict[str, Any], name: str, default: Any) -> Any:
     """Tables written as JSONL have null where a row lacks the field."""
     return default if row.get(name) is None else row[name]
-
-
-def _came(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} came"
 
 
 # --- The TFDS builder -------------------------------------------------------------------------------------------------
@@ -314,7 +284,7 @@ class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # a regist
         assert counts is not None
         counts.update(dict.fromkeys(_COUNTS, 0))
         table: list[tuple[int, int, int, int]] = []
-        texts = (_parse(line) for path in config.files for _, line in _lines(path))
+        texts = (_parse(line) for path in config.files for _, line in read_lines(path))
         with tqdm(desc="tokenising", unit=" rows", disable=None) as progress:
             while chunk := list(itertools.islice(texts, _ROWS_PER_ENCODE)):
                 for row in _encode(chunk, config, counts):

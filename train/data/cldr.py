@@ -16,7 +16,7 @@ from typing import NamedTuple
 from babel import Locale
 from babel.core import get_global
 from babel.lists import format_list
-from babel.numbers import format_percent, get_currency_name
+from babel.numbers import get_currency_name
 from babel.units import format_unit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -28,9 +28,11 @@ LANGUAGES = (
 )
 PASSAGE_LANGUAGES = 4  # passages of one entry in the corpus: about 1,700 entries make more than 6,000 candidates
 QUERIES = {"dev": 1000, "test": 2000, "test-unseen": 1000}
-FACTS = 4  # in a passage and in a query that tells an entry by its facts: keeps texts near 12 tokens, which two cores can learn
+FACTS = 3  # in a passage, and in a query that tells an entry by its facts
+# Characters of a text; longer ones are left out, because the cost of a step grows with the product of both lengths.
+QUERY_LENGTH, PASSAGE_LENGTH = 30, 48
 UNSEEN_ENTRIES = 0.1
-VOCABULARY = 16000
+VOCABULARY = 6000  # small: a new name is understood by pieces that it shares with known ones (RESULTS.md)
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
@@ -41,11 +43,13 @@ class Entry(NamedTuple):
     code: str
 
 
-class Fact(NamedTuple):
-    """Something that an entry is listed with: another entry and, where CLDR measured it, the share of speakers (0 to 1)."""
+class Query(NamedTuple):
+    """A text in one language that asks for `entry`: its name, or a list of the entries `told`, which are its facts."""
 
     entry: Entry
-    share: float | None = None
+    language: str
+    text: str
+    told: tuple[Entry, ...] = ()
 
 
 def normalise(text: str) -> str:
@@ -83,43 +87,43 @@ def entry_names(locale: Locale) -> dict[Entry, list[str]]:
     return names
 
 
-def entry_facts() -> dict[Entry, list[Fact]]:
-    """Return all that CLDR knows of each entry, the same in all languages, most important first.
+def entry_facts() -> dict[Entry, list[Entry]]:
+    """Return the entries that CLDR lists each entry with, the same in all languages, most important first.
 
     Territories: their widest spoken official languages and the currencies in use. Languages: script and where they are
     official, else where they are most at home. Currencies and time zones: where they are used. Scripts: who writes them.
     """
-    facts: dict[Entry, list[Fact]] = defaultdict(list)
+    facts: dict[Entry, list[Entry]] = defaultdict(list)
     home: dict[Entry, list[tuple[float, str]]] = defaultdict(list)
     for territory, currencies in get_global("territory_currencies").items():
         for code, _, end, tender in currencies:
             if end is None and tender:
-                facts[Entry("territory", territory)].append(Fact(Entry("currency", code)))
-                facts[Entry("currency", code)].append(Fact(Entry("territory", territory)))
+                facts[Entry("territory", territory)].append(Entry("currency", code))
+                facts[Entry("currency", code)].append(Entry("territory", territory))
     for territory, spoken in get_global("territory_languages").items():
         official = []
         for code, info in spoken.items():
             if info["official_status"] in ("official", "de_facto_official"):
-                official.append(Fact(Entry("language", code), info["population_percent"] / 100))
+                official.append((-info["population_percent"], Entry("language", code)))
                 home[Entry("language", code)].append((-info["population_percent"], territory))
-        official.sort(key=lambda fact: (-(fact.share or 0), fact.entry))
+        widest = [language for _, language in sorted(official)]
         used = facts[Entry("territory", territory)]
-        facts[Entry("territory", territory)] = official[:3] + used + official[3:]
+        facts[Entry("territory", territory)] = widest[:3] + used + widest[3:]
     for code, likely in get_global("likely_subtags").items():
         language, script, territory = (*likely.split("_"), "", "")[:3]
         if code == f"und_{script}":
-            facts[Entry("script", script)] += [Fact(Entry("language", language)), Fact(Entry("territory", territory))]
+            facts[Entry("script", script)] += [Entry("language", language), Entry("territory", territory)]
         elif code == language:
             places = [place for _, place in sorted(home[Entry("language", code)])] or [territory]
-            facts[Entry("language", code)].append(Fact(Entry("script", script)))
-            facts[Entry("language", code)] += [Fact(Entry("territory", place)) for place in places]
+            facts[Entry("language", code)].append(Entry("script", script))
+            facts[Entry("language", code)] += [Entry("territory", place) for place in places]
     for zone, territory in get_global("zone_territories").items():
         if metazone := get_global("meta_zones").get(zone):
-            facts[Entry("zone", metazone)].append(Fact(Entry("territory", territory)))
+            facts[Entry("zone", metazone)].append(Entry("territory", territory))
     return {entry: list(dict.fromkeys(found)) for entry, found in facts.items()}
 
 
-def passage(entry: Entry, facts: Sequence[Fact], names: Mapping[Entry, Sequence[str]], locale: Locale) -> str | None:
+def passage(entry: Entry, facts: Sequence[Entry], names: Mapping[Entry, Sequence[str]], locale: Locale) -> str | None:
     """Return what is known of `entry` in one language, or None where that language has no name or no fact for it.
 
     It lists the entry's other names and the first `FACTS` of `facts`.
@@ -127,12 +131,8 @@ def passage(entry: Entry, facts: Sequence[Fact], names: Mapping[Entry, Sequence[
     if entry not in names:
         return None
     name, *others = names[entry]
-    listed = list(others)
-    for fact in facts[:FACTS]:
-        if fact.entry in names:
-            share = "" if fact.share is None else f" ({format_percent(fact.share, locale=locale)})"
-            listed.append(names[fact.entry][0] + share)
-    return f"{name}: {format_list(listed, locale=locale)}" if listed else None
+    listed = [*others, *(names[fact][0] for fact in facts[:FACTS] if fact in names)]
+    return unicodedata.normalize("NFKC", f"{name}: {format_list(listed, locale=locale)}") if listed else None
 
 
 def write_demo(directory: Path, *, seed: int) -> None:
@@ -141,9 +141,10 @@ def write_demo(directory: Path, *, seed: int) -> None:
     A query is a name, or the list of the facts, of one entry; relevant are all passages of that entry, all in other
     languages than the query. A string that names several entries, or facts that hold of several, are no query at all.
     No training text contains the string of an evaluation query, nor does one of its relevant passages (strings as in
-    `normalise`); the entries of test-unseen have no row in training (their names may
-    stand there as facts of others). The three folders share one corpus. The same seed
-    and version of Babel give the same files. ValueError if CLDR gives fewer than `QUERIES` such queries.
+    `normalise`). The entries of test-unseen are told nowhere in training: no row asks for one, and where one is a fact of
+    another entry, training has that entry's passages without the fact and no query that tells it. The three folders
+    share one corpus. The same seed and version of Babel give the same files. ValueError if CLDR gives fewer than
+    `QUERIES` such queries.
     """
     rng = random.Random(seed)
     locales = {code: Locale.parse(code) for code in LANGUAGES}
@@ -155,74 +156,94 @@ def write_demo(directory: Path, *, seed: int) -> None:
         written: dict[str, str] = {}
         for code in rng.sample(LANGUAGES, len(LANGUAGES)):
             text = passage(entry, facts.get(entry, ()), names[code], locales[code])
-            if text and len(written) < PASSAGE_LANGUAGES:
-                written[code] = unicodedata.normalize("NFKC", text)
+            if text and len(text) <= PASSAGE_LENGTH and len(written) < PASSAGE_LANGUAGES:
+                written[code] = text
         if len(written) == PASSAGE_LANGUAGES:
             passages[entry] = written
-
-    holders: dict[Entry, set[Entry]] = defaultdict(set)
-    for entry, known in facts.items():
-        for fact in known:
-            holders[fact.entry].add(entry)
-    texts: dict[tuple[Entry, str], list[str]] = {}  # entry, language → what asks for it
-    meanings: dict[str, set[Entry]] = defaultdict(set)
-    for code, known in names.items():
-        for entry, found in known.items():
-            texts[entry, code] = list(found)
-            told = [fact.entry for fact in facts.get(entry, ())[:FACTS]]
-            if len(told) > 1 and known.keys() >= set(told) and set.intersection(*(holders[e] for e in told)) == {entry}:
-                texts[entry, code].append(format_list([known[e][0] for e in told], locale=locales[code]))
-            for text in texts[entry, code]:
-                meanings[normalise(text)].add(entry)
-    queries: dict[str, tuple[Entry, str, str]] = {}  # normalised string → entry, language, string
-    for entry, written in passages.items():
-        for code in LANGUAGES:
-            for text in texts.get((entry, code), ()):
-                if code not in written and meanings[normalise(text)] == {entry}:
-                    queries.setdefault(normalise(text), (entry, code, text))
+    queries = _queries(passages, facts, names, locales)
 
     entries = sorted(passages)
     unseen = set(rng.sample(entries, round(UNSEEN_ENTRIES * len(entries))))
-    seen_keys = [key for key, (entry, _, _) in queries.items() if entry not in unseen]
-    unseen_keys = [key for key, (entry, _, _) in queries.items() if entry in unseen]
+    seen_keys = [key for key, query in queries.items() if unseen.isdisjoint((query.entry, *query.told))]
+    unseen_keys = [key for key, query in queries.items() if query.entry in unseen]
     rng.shuffle(seen_keys)
     rng.shuffle(unseen_keys)
     held = seen_keys[: 2 * (QUERIES["dev"] + QUERIES["test"])]
-    rows = [queries[key] for key in seen_keys[len(held) :]]
-    learnt = [text for _, _, text in rows]
-    learnt += [text for entry in entries if entry not in unseen for text in passages[entry].values()]
-    training = "\n".join(map(normalise, learnt))
+
+    learnt: dict[Entry, list[str]] = {}  # entry → its passages as training has them
+    for entry in entries:
+        if entry not in unseen:
+            told = [fact for fact in facts.get(entry, ()) if fact not in unseen]
+            texts = (passage(entry, told, names[code], locales[code]) for code in passages[entry])
+            learnt[entry] = [text for text in texts if text]
+    rows = [query for query in (queries[key] for key in seen_keys[len(held) :]) if learnt[query.entry]]
+    corpus = [query.text for query in rows] + [text for texts in learnt.values() for text in texts]
+    training = "\n".join(map(normalise, corpus))
 
     def told_nowhere(key: str) -> bool:
-        own = passages[queries[key][0]].values()
+        own = passages[queries[key].entry].values()
         return key not in training and not any(key in normalise(text) for text in own)
 
     asked = {
-        name: list(islice(filter(told_nowhere, pool), QUERIES[name]))
+        name: [queries[key] for key in islice(filter(told_nowhere, pool), QUERIES[name])]
         for name, pool in zip(QUERIES, (held[: len(held) // 3], held[len(held) // 3 :], unseen_keys), strict=True)
     }
-    for name, keys in asked.items():
-        if len(keys) < QUERIES[name]:
+    for name, found in asked.items():
+        if len(found) < QUERIES[name]:
             raise ValueError(
-                f"{name} needs {QUERIES[name]} queries that stand in no training text; CLDR gave {len(keys)}: lower QUERIES"
+                f"{name} needs {QUERIES[name]} queries that stand in no training text; CLDR gave {len(found)}: lower QUERIES"
             )
 
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / "train.jsonl", ({"query": t, "pos": list(passages[e].values()), "neg": []} for e, _, t in rows))
-    train_tokenizer(learnt).save(str(directory / "tokenizer.json"))
-    for name, keys in asked.items():
+    _write(directory / "train.jsonl", ({"query": row.text, "pos": learnt[row.entry], "neg": []} for row in rows))
+    train_tokenizer(corpus).save(str(directory / "tokenizer.json"))
+    for name, found in asked.items():
         folder = directory / name
         folder.mkdir(exist_ok=True)
         _write(
             folder / "corpus.jsonl",
             ({"id": f"{e.kind}.{e.code}.{c}", "title": "", "text": t} for e in entries for c, t in passages[e].items()),
         )
-        numbered = [(f"{e.kind}.{e.code}.{c}.{i}", e, t) for i, (e, c, t) in enumerate(queries[key] for key in keys)]
-        _write(folder / "test_queries.jsonl", ({"id": qid, "text": text} for qid, _, text in numbered))
+        numbered = [(f"{q.entry.kind}.{q.entry.code}.{q.language}.{i}", q) for i, q in enumerate(found)]
+        _write(folder / "test_queries.jsonl", ({"id": id, "text": query.text} for id, query in numbered))
         relevant = (
-            (qid, f"{entry.kind}.{entry.code}.{code}") for qid, entry, _ in numbered for code in passages[entry]
+            (id, f"{query.entry.kind}.{query.entry.code}.{code}")
+            for id, query in numbered
+            for code in passages[query.entry]
         )
-        _write(folder / "test_qrels.jsonl", ({"qid": qid, "docid": doc, "relevance": 1} for qid, doc in relevant))
+        _write(folder / "test_qrels.jsonl", ({"qid": id, "docid": doc, "relevance": 1} for id, doc in relevant))
+
+
+def _queries(
+    passages: Mapping[Entry, Mapping[str, str]],
+    facts: Mapping[Entry, Sequence[Entry]],
+    names: Mapping[str, Mapping[Entry, Sequence[str]]],
+    locales: Mapping[str, Locale],
+) -> dict[str, Query]:
+    """Normalised string → the query that it is: all that mean one entry alone, in languages that its passages are not in."""
+    holders: dict[Entry, set[Entry]] = defaultdict(set)
+    for entry, known in facts.items():
+        for fact in known:
+            holders[fact].add(entry)
+    meanings: dict[str, set[Entry]] = defaultdict(set)
+    found: list[Query] = []
+    for code, known in names.items():
+        for entry, own in known.items():
+            asking = [Query(entry, code, name) for name in own]
+            told = tuple(facts.get(entry, ())[:FACTS])
+            if len(told) > 1 and known.keys() >= set(told) and set.intersection(*(holders[e] for e in told)) == {entry}:
+                listed = format_list([known[e][0] for e in told], locale=locales[code])
+                asking.append(Query(entry, code, listed, told))
+            for query in asking:
+                meanings[normalise(query.text)].add(entry)
+            found += asking
+    queries: dict[str, Query] = {}
+    for query in sorted(found, key=lambda query: query.entry):
+        key = normalise(query.text)
+        elsewhere = query.entry in passages and query.language not in passages[query.entry]
+        if elsewhere and len(query.text) <= QUERY_LENGTH and meanings[key] == {query.entry}:
+            queries.setdefault(key, query)
+    return queries
 
 
 def train_tokenizer(texts: Sequence[str]) -> Tokenizer:

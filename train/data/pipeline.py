@@ -204,10 +204,10 @@ class Batches:
         self._most_positives = int(source.positives.max())
         self.order = Order(seed, [len(m) for m in self._members], [g.batch_size for g in groups])
         self.shapes: list[tuple[int, int] | None] = [
-            # A bucket may lie past the position table; a group's bound never does.
-            (
-                min(bucket_length(source.query_lengths[m].max()), group.max_length),
-                min(bucket_length(source.passage_lengths[m].max()), group.max_length),
+            # A bucket may lie past what texts were cut to; neither the source's longest text nor a group's bound does.
+            tuple(
+                min(bucket_length(lengths[m].max()), lengths.max(), group.max_length)
+                for lengths in (source.query_lengths, source.passage_lengths)
             )
             if len(m)
             else None
