@@ -23,6 +23,18 @@ def test_table_is_aligned_and_in_order():
     assert format_table({"name": "bare", "evaluations": []}) == ""
 
 
+def test_absent_scores_are_dashes():
+    sets = [
+        {"name": "test", "model": "trained", "scores": {"bm25": {"ndcg_at_10": 0.147}, "all": {"ndcg_at_10": 0.82}}},
+        {"name": "unseen", "model": "trained", "scores": {"all": {"ndcg_at_10": 0.4321, "recall_at_100": 0.9}}},
+    ]
+    lines = format_table({"name": "run", "evaluations": sets}).splitlines()
+    assert [line.split() for line in lines if line.startswith(("BM25", "all "))] == [
+        ["BM25", "0.147", "–", "–", "–"],
+        ["all", "0.820", "–", "0.432", "0.900"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "matched", "marked"),
     [
