@@ -36,6 +36,7 @@ class Memory:
 
     positives = negatives = np.ones(10, np.int32)
     query_lengths = passage_lengths = np.full(10, 6, np.int32)
+    query_max_length = 8
 
     def __len__(self):
         return 10

@@ -46,6 +46,7 @@ class Memory:
         self.positives = np.array(positives, np.int32)
         self.negatives = np.array(negatives, np.int32)
         self.query_lengths = self.passage_lengths = np.full(len(positives), 4, np.int32)
+        self.query_max_length = 6
 
     def __len__(self):
         return len(self.positives)
@@ -234,7 +235,8 @@ def test_draws_change_with_the_epoch():
 def test_group_size_one_needs_no_negatives():
     source = Memory([1, 1, 1], [0, 0, 0])
     (batch,) = batches(source, stop=1, groups=[LengthGroup(8, 3)], group_size=1)
-    assert batch.passage_ids.shape == (3, 8) and (batch.passage_ids[:, 1] == batch.query_ids[:, 1]).all()
+    assert batch.passage_ids.shape == (3, 8) and batch.query_ids.shape == (3, 6)
+    assert (batch.passage_ids[:, 1] == batch.query_ids[:, 1]).all()
 
 
 def test_fill_takes_the_last_possible_passage():

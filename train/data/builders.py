@@ -43,7 +43,8 @@ class RowSource:
     """Prepared rows by index; `len` is their number.
 
     `query_lengths`, `passage_lengths` (the longest of the row), `positives`, `negatives`: int32 `[rows]`, on disk
-    until read. `counts`: what `prepare` warned of, by name. `name`: a hash of the files, the tokenizer and the lengths.
+    until read. `query_max_length`: what queries were cut to. `counts`: what `prepare` warned of, by name. `name`: a hash
+    of the files, the tokenizer and the lengths.
     """
 
     def __init__(self, builder: "Rows"):
@@ -51,6 +52,8 @@ class RowSource:
         table = np.load(builder.data_path / _TABLE, mmap_mode="r")
         self.query_lengths, self.passage_lengths, self.positives, self.negatives = table
         self.counts: dict[str, int] = dict(builder.info.metadata or {})
+        assert isinstance(builder.builder_config, RowsConfig)
+        self.query_max_length = builder.builder_config.query_max_length
         self.name: str = builder.data_path.parent.name
 
     def __len__(self) -> int:

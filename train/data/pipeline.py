@@ -46,6 +46,7 @@ class Source(Protocol):
     passage_lengths: np.ndarray
     positives: np.ndarray
     negatives: np.ndarray
+    query_max_length: int
 
     def __len__(self) -> int: ...
 
@@ -204,10 +205,10 @@ class Batches:
         self._most_positives = int(source.positives.max())
         self.order = Order(seed, [len(m) for m in self._members], [g.batch_size for g in groups])
         self.shapes: list[tuple[int, int] | None] = [
-            # A bucket may lie past what texts were cut to; neither the source's longest text nor a group's bound does.
-            tuple(
-                min(bucket_length(lengths[m].max()), lengths.max(), group.max_length)
-                for lengths in (source.query_lengths, source.passage_lengths)
+            # A bucket may lie past what texts were cut to, and past the position table.
+            (
+                min(bucket_length(source.query_lengths[m].max()), source.query_max_length, group.max_length),
+                min(bucket_length(source.passage_lengths[m].max()), group.max_length),
             )
             if len(m)
             else None
