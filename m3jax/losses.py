@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 PARTS = ("dense", "sparse", "colbert")
 
@@ -38,7 +38,7 @@ def candidates(
 def info_nce(
     scores: Float[Array, "b p"],
     positives: Int[Array, "b"],
-    temperature: float,
+    temperature: float | Float[Array, ""],
     allowed: Bool[Array, "b p"] | None = None,
 ) -> Float[Array, ""]:
     """− mean over rows of log softmax(scores / temperature) at the positive's column.
@@ -55,7 +55,7 @@ def info_nce(
 def distillation(
     teacher: Float[Array, "b p"],
     student: Float[Array, "b p"],
-    temperature: float,
+    temperature: float | Float[Array, ""],
     allowed: Bool[Array, "b p"] | None = None,
 ) -> Float[Array, ""]:
     """− mean over rows of Σ softmax(teacher / temperature) · log softmax(student / temperature); no gradient to the teacher.
@@ -74,9 +74,9 @@ def m3_loss(
     scores: Mapping[str, Float[Array, "b p"]],
     positives: Int[Array, "b"],
     *,
-    temperature: float = 0.02,
+    temperature: float | Float[Array, ""] = 0.02,
     loss_weights: tuple[float, float, float] = LOSS_WEIGHTS,
-    distill: Float[Array, ""] | float = 0.0,
+    distill: Shaped[Array, ""] | float | bool = False,
     allowed: Bool[Array, "b p"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The M3 objective of PAPER §2 (v4) and its parts, unweighted.
@@ -94,6 +94,6 @@ def m3_loss(
     return loss, parts | {f"distill/{name}": value for name, value in taught.items()}
 
 
-def _log_softmax(scores: Array, temperature: float, allowed: Array | None) -> Array:
+def _log_softmax(scores: Array, temperature: float | Array, allowed: Array | None) -> Array:
     logits = scores.astype(jnp.float32) / temperature
     return jax.nn.log_softmax(logits if allowed is None else jnp.where(allowed, logits, -jnp.inf), axis=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int, Key
 
@@ -105,8 +106,8 @@ def check_tree(
 def apply(
     config: M3Config,
     params: Params,
-    ids: Int[Array, "b l"],
-    mask: Bool[Array, "b l"],
+    ids: Int[Array | np.ndarray, "b l"],
+    mask: Bool[Array | np.ndarray, "b l"],
     *,
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,

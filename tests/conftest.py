@@ -2,9 +2,14 @@
 
 import pytest
 import tokenizers
+from jaxtyping import install_import_hook
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from m3jax.tokenization import Tokenizer
+# Every call of the mathematics is checked against the shapes in its signature; before anything imports it.
+_MATHEMATICS = ("attention", "heads", "losses", "model", "scores", "xlm_roberta")
+install_import_hook([f"m3jax.{name}" for name in _MATHEMATICS], "beartype.beartype")
+
+from m3jax.tokenization import Tokenizer  # noqa: E402 (after the hook)
 
 LINES = [
     "the quick brown fox jumps over a lazy dog and the small cat sees a red house near the old river",

@@ -6,6 +6,7 @@ from flax import nnx
 
 from m3jax.config import M3Config
 from m3jax.heads import Heads, normalize
+from tests.arrays import from_numpy
 
 CONFIG = M3Config.tiny(hidden_size=16, colbert_dim=6, cls_token_id=0, pad_token_id=1, eos_token_id=2, unk_token_id=3)
 
@@ -16,7 +17,7 @@ def heads():
     graph, state = nnx.split(nnx.eval_shape(lambda: Heads(CONFIG, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), nnx.to_pure_dict(state))
-    return params, lambda params, *args: nnx.merge(graph, params)(*args)
+    return params, from_numpy(lambda params, *args: nnx.merge(graph, params)(*args))
 
 
 def test_formulas(heads):

@@ -266,13 +266,13 @@ def test_term_weights_are_the_max_of_each_id():
 
 
 def test_equal_maxima_share_the_gradient():
-    ids = np.array([[5, 5, 5, 9]])
+    ids = jnp.array([[5, 5, 5, 9]])
     grad = jax.jit(jax.grad(lambda w: (term_weights(ids, w)[1] * np.float32([8.0, 2.0, 2.0, 1.0])).sum()))
     assert grad(np.float32([[0.5, 0.25, 0.5, 0.1]])).tolist() == [[4.0, 0.0, 4.0, 1.0]]
 
 
 def test_hybrid_weights():
-    dense, sparse, colbert = (np.float32([x]) for x in (1.0, 10.0, 100.0))
+    dense, sparse, colbert = (jnp.float32([x]) for x in (1.0, 10.0, 100.0))
     assert hybrid_scores(dense, sparse, colbert).tolist() == [104.0]
     assert hybrid_scores(dense, sparse, colbert, (0.25, 0.5, 2.0)).tolist() == [205.25]
     queries, passages = both(17)
@@ -283,7 +283,7 @@ def test_hybrid_weights():
 def test_products_of_half_precision_add_up_in_float32():
     rng = np.random.default_rng(19)
     q, p = (jnp.asarray(rng.normal(size=(3, 512)), jnp.bfloat16) for _ in range(2))
-    mask = np.ones((3, 1), bool)
+    mask = jnp.ones((3, 1), bool)
     expected = np.asarray(q, np.float64) @ np.asarray(p, np.float64).T
     for got in (dense_scores(q, p), colbert_scores(q[:, None], mask, p[:, None], mask)):
         assert got.dtype == jnp.float32

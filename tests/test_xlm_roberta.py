@@ -9,7 +9,10 @@ from flax import nnx
 
 import m3jax.xlm_roberta
 from m3jax.config import M3Config
-from m3jax.xlm_roberta import Encoder, positions_from_ids
+from m3jax.xlm_roberta import Encoder
+from tests.arrays import from_numpy
+
+positions_from_ids = from_numpy(m3jax.xlm_roberta.positions_from_ids)
 
 # One layer does all that gradients are taken of here: they compile for seconds. Three are compared to the naive encoder.
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -36,7 +39,7 @@ def params():
 
 
 def encode(params, ids, positions, segments, config=ONE, **options):
-    return nnx.merge(split(config)[0], params)(ids, positions, segments, **options)
+    return from_numpy(nnx.merge(split(config)[0], params))(ids, positions, segments, **options)
 
 
 @jax.jit
