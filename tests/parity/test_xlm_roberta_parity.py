@@ -61,7 +61,7 @@ def test_gradients(geometry, torch_encoder, to_ours):
     weights = weights.astype(np.float32)
 
     def loss(params):
-        return (_hidden(config, params, ids, mask) * weights).sum()
+        return (_hidden(config, params, jnp.asarray(ids), jnp.asarray(mask)) * weights).sum()
 
     params = to_ours(config, model.state_dict())
     ours = flatten(jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, params)))
