@@ -13,7 +13,8 @@ def get_config() -> ConfigDict:
     config.output = "runs/m3"  # the run's directory; the same command goes on where an earlier run stopped
     config.seed = 0  # of random weights, data order and dropout
 
-    # The model: `init_from` is a released directory or a checkpoint of ours; "" makes random weights of these sizes.
+    # The model: `init_from` is a released directory, a checkpoint of ours or a hub name (owner/name); "" makes random weights
+    # of these sizes.
     config.init_from = ""
     config.heads = "require"  # "init": random heads where `init_from` has none
     config.model = ConfigDict()  # names as in m3jax.M3Config; used for random weights only

@@ -5,7 +5,7 @@ Not here: what the two formats are (m3jax/weights.py, m3jax/checkpoint.py).
 
 import argparse
 
-from m3jax import M3, checkpoint, weights
+from m3jax import M3, checkpoint, hub, weights
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,14 +14,19 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m convert", description="PyTorch directories to Orbax checkpoints and back."
     )
     directions = parser.add_subparsers(dest="direction", required=True)
-    for direction, source in (("from-pytorch", "a released directory"), ("to-pytorch", "an Orbax checkpoint of m3jax")):
+    for direction, source in (
+        ("from-pytorch", "a released directory, or a hub name"),
+        ("to-pytorch", "an Orbax checkpoint of m3jax"),
+    ):
         one = directions.add_parser(direction)
         one.add_argument("src", help=source)
         one.add_argument("dst", help="the directory to write; it must be new")
+        if direction == "from-pytorch":
+            one.add_argument("--revision", help="of a hub name: a branch, tag or commit; without it, main")
     given = parser.parse_args(arguments)
     try:
         if given.direction == "from-pytorch":
-            m3 = M3(*weights.read(given.src))
+            m3 = M3(*weights.read(hub.fetch(given.src, revision=given.revision)))
             checkpoint.write(m3, given.dst)
         else:
             m3 = M3(*checkpoint.read(given.src))

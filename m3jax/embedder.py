@@ -1,6 +1,7 @@
-"""load, save and encode: a directory to a model, a model to a directory, texts to Embeddings.
+"""load, save and encode: a directory or a hub name to a model, a model to a directory, texts to Embeddings.
 
-Not here: the mathematics (model.py), the file formats (weights.py, checkpoint.py), scoring and search (retrieval.py).
+Not here: the mathematics (model.py), the file formats (weights.py, checkpoint.py), downloads (hub.py), scoring and search
+(retrieval.py).
 """
 
 import functools
@@ -15,7 +16,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 from tqdm import tqdm
 
-from m3jax import checkpoint, weights
+from m3jax import checkpoint, hub, weights
 from m3jax.batching import PlannedBatch, pad, plan_batches
 from m3jax.config import M3Config
 from m3jax.embeddings import Embeddings
@@ -25,14 +26,23 @@ from m3jax.scores import term_weights
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(directory: str | Path, *, dtype: str | None = None, heads: Literal["require", "init"] = "require") -> M3:
-    """A model from a released directory (PyTorch weights) or an Orbax checkpoint of ours, on the first device.
+def load(
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    heads: Literal["require", "init"] = "require",
+) -> M3:
+    """A model from a released directory (PyTorch weights), an Orbax checkpoint of ours, or a hub name, on the first device.
+
+    A str that is no directory is a name on the Hugging Face hub ("BAAI/bge-m3"), and revision a branch, tag or commit there
+    (None is main); `m3jax.hub.fetch` says what is downloaded.
 
     dtype: "float32", "bfloat16" or "float16", in which the matrix products run; None is float32 on CPU and bfloat16 on
     GPU and TPU, whatever is stored. heads: "init" draws heads at random where the directory has none, to train them.
 
     Raises ValueError where files are missing (naming them), where tensors are missing, left over or misshapen (listing
-    all), and where tokenizer and embedding table do not fit.
+    all), where tokenizer and embedding table do not fit, and where the hub does not give the files.
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -40,8 +50,7 @@ def load(directory: str | Path, *, dtype: str | None = None, heads: Literal["req
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} or None, got {dtype!r}")
     if heads not in ("require", "init"):
         raise ValueError(f"heads must be 'require' or 'init', got {heads!r}")
-    if not Path(directory).is_dir():
-        raise ValueError(f"expected a directory with a model or a checkpoint, got {str(directory)!r}, which is none")
+    directory = hub.fetch(directory, revision=revision)
     if checkpoint.is_checkpoint(directory):
         config, params, tokenizer = checkpoint.read(directory)
     else:

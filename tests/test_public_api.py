@@ -53,7 +53,7 @@ def test_type_checkers_see_the_same_names():
 @pytest.mark.parametrize(
     ("name", "positional", "keywords"),
     [
-        ("load", ["directory"], {"dtype", "heads"}),
+        ("load", ["directory"], {"revision", "dtype", "heads"}),
         ("save", ["m3", "directory"], set()),
         ("encode", ["m3", "texts"], {"dense", "sparse", "colbert", "max_length"}),
         ("score", ["queries", "passages"], {"weights", "pairwise"}),

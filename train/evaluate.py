@@ -314,7 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate", description="nDCG@10 and Recall@100 of BM25 and of a model's five functions."
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a released directory or a checkpoint of ours")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a released directory, a checkpoint of ours, or a hub name"
+    )
     parser.add_argument("--task", required=True, choices=["custom"], help="custom: the files of --data")
     parser.add_argument(
         "--data",
