@@ -16,6 +16,7 @@ from m3jax.batching import pad
 from m3jax.losses import m3_loss
 from m3jax.model import apply, flatten
 from m3jax.weights import torch_name
+from tests.arrays import from_numpy
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (the `test` extra)")
 F = torch.nn.functional
@@ -185,7 +186,7 @@ def test_padding_does_not_change_colbert_scores(flag_embedding):
 
     def ours(passage):
         mask = np.arange(passage.shape[1])[None] < 1
-        return scores.colbert_scores(query, np.ones((1, 1), bool), passage, mask).item()
+        return from_numpy(scores.colbert_scores)(query, np.ones((1, 1), bool), passage, mask).item()
 
     assert theirs(passage) == pytest.approx(-0.6) and theirs(padded) == 0.0
     assert ours(passage) == ours(padded) == pytest.approx(-0.6)
