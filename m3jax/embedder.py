@@ -1,7 +1,6 @@
 """load, save and encode: a directory or a hub name to a model, a model to a directory, texts to Embeddings.
 
-Not here: the mathematics (model.py), the file formats (weights.py, checkpoint.py), downloads (hub.py), scoring and search
-(retrieval.py).
+Not here: the mathematics (model.py), where models come from (sources.py), scoring and search (retrieval.py).
 """
 
 import functools
@@ -16,7 +15,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 from tqdm import tqdm
 
-from m3jax import checkpoint, hub, weights
+from m3jax import sources, weights
 from m3jax.batching import PlannedBatch, pad, plan_batches
 from m3jax.config import M3Config
 from m3jax.embeddings import Embeddings
@@ -35,8 +34,9 @@ def load(
 ) -> M3:
     """A model from a released directory (PyTorch weights), an Orbax checkpoint of ours, or a hub name, on the first device.
 
-    A str that is no directory is a name on the Hugging Face hub ("BAAI/bge-m3"), and revision a branch, tag or commit there
-    (None is main); `m3jax.hub.fetch` says what is downloaded.
+    directory: a path, or a URL in an object store ("gs://…", "s3://…"). A str that is no directory is a name on the Hugging
+    Face hub ("BAAI/bge-m3"), and revision a branch, tag or commit there (None is main); `m3jax.hub.fetch` says what is
+    downloaded.
 
     dtype: "float32", "bfloat16" or "float16", in which the matrix products run; None is float32 on CPU and bfloat16 on
     GPU and TPU, whatever is stored. heads: "init" draws heads at random where the directory has none, to train them.
@@ -50,18 +50,16 @@ def load(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} or None, got {dtype!r}")
     if heads not in ("require", "init"):
         raise ValueError(f"heads must be 'require' or 'init', got {heads!r}")
-    directory = hub.fetch(directory, revision=revision)
-    if checkpoint.is_checkpoint(directory):
-        config, params, tokenizer = checkpoint.read(directory)
-    else:
-        config, params, tokenizer = weights.read(directory, heads=heads)
-    return M3(config, cast(jax.tree.map(jnp.asarray, params), dtype), tokenizer)
+    config, params, tokenizer = sources.read(directory, revision=revision, heads=heads)
+    # jnp.array copies: a model must not change with the file that its parameters are views of.
+    return M3(config, cast(jax.tree.map(jnp.array, params), dtype), tokenizer)
 
 
 def save(m3: M3, directory: str | Path) -> None:
     """Write a model as a released directory, which `load`, transformers and FlagEmbedding read.
 
-    The heads are the two `.pt` files, where FlagEmbedding and vLLM look. The directory appears when it is complete.
+    directory: a path or a URL, as for `load`; it appears when it is complete, and replaces only what a save wrote. The heads
+    are the two `.pt` files, where FlagEmbedding and vLLM look.
     """
     weights.write(m3, directory)
 

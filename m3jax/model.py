@@ -33,8 +33,13 @@ class Network(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _graph(config: M3Config) -> nnx.GraphDef[Network]:
-    return nnx.split(nnx.eval_shape(lambda: Network(config, nnx.Rngs(0))))[0]
+def _abstract(config: M3Config) -> tuple[nnx.GraphDef[Network], nnx.State]:
+    """The network's graph and its state as shapes. Tracing 24 layers takes seconds: one is traced and copied."""
+    one = dataclasses.replace(config, num_hidden_layers=1)
+    network = nnx.eval_shape(lambda: Network(one, nnx.Rngs(0)))
+    layer = network.encoder.layers[0]
+    network.encoder.layers = nnx.List([nnx.clone(layer) for _ in range(config.num_hidden_layers)])
+    return nnx.split(network)
 
 
 def init(config: M3Config, key: Key[Array, ""]) -> Params:
@@ -45,7 +50,7 @@ def init(config: M3Config, key: Key[Array, ""]) -> Params:
 
 def shapes(config: M3Config) -> Params:
     """The tree of `init` as jax.ShapeDtypeStruct, without making an array."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return nnx.to_pure_dict(_abstract(config)[1])
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -127,7 +132,7 @@ def apply(
         )
     if dropout and key is None:
         raise ValueError(f"dropout needs a PRNG key, got dropout={dropout} and key=None")
-    network = nnx.merge(_graph(config), params)
+    network = nnx.merge(_abstract(config)[0], params)
     positions = positions_from_ids(ids, config.pad_token_id)
     hidden = network.encoder(ids, positions, mask.astype(jnp.int32), dropout=dropout, key=key, remat=remat)
     return network.heads(hidden, ids, mask)

@@ -6,7 +6,7 @@ Not here: Orbax checkpoints (checkpoint.py), downloads, and other architectures.
 import dataclasses
 import json
 import re
-import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -14,10 +14,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from m3jax import pickles
+from m3jax import paths, pickles, safetensor_files
 from m3jax.config import M3Config
 from m3jax.model import M3, Params, check_tree, flatten, init, shapes, unflatten
 from m3jax.tokenization import Tokenizer
@@ -61,18 +59,21 @@ def torch_name(path: str) -> str:
 
 
 def read(directory: str | Path, *, heads: Literal["require", "init"] = "require") -> tuple[M3Config, Params, Tokenizer]:
-    """Config, parameters (NumPy arrays, in the dtype stored) and tokenizer of a released directory.
+    """Config, parameters and tokenizer of a local released directory.
+
+    The parameters are NumPy arrays in the dtype stored, read-only views of the mapped files: nothing is read until it is used.
 
     Reads `config.json`, `tokenizer.json`, and `model.safetensors` (sharded too) or `pytorch_model.bin`; the heads from
     `sparse_linear.pt` and `colbert_linear.pt`, or from the safetensors where they are there under `sparse_linear.*` and
-    `colbert_linear.*`. heads="init" draws heads that are missing at random (the same each time).
+    `colbert_linear.*`. Of a masked-language-model file the encoder is taken, and a warning names the
+    head that is dropped. heads="init" draws heads that are missing at random (the same each time).
 
     Raises ValueError on a file that is missing or broken, and one that lists every tensor missing, left over or misshapen.
     """
     directory = Path(directory)
     described = _file(directory, "config.json")
     config = M3Config.from_json(described.read_text(encoding="utf-8"), source=str(described))
-    tensors = _read_tensors(directory)
+    tensors = _without_lm_head(_read_tensors(directory), directory)
     absent = []
     for head, file in HEAD_FILES.items():
         if (directory / file).exists():
@@ -116,48 +117,48 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     return config, unflatten(params), tokenizer
 
 
-def write(m3: M3, directory: str | Path) -> None:
-    """Write a released directory that `read`, transformers and FlagEmbedding read, laid out for sentence-transformers too.
+def write(
+    m3: M3,
+    directory: str | Path,
+    *,
+    format: Literal["safetensors", "pickle"] = "safetensors",
+    replace: bool = True,
+) -> None:
+    """Write a released directory that `read`, transformers, FlagEmbedding and sentence-transformers read.
 
-    The encoder goes to `model.safetensors`; the heads go to the two `.pt` files, where FlagEmbedding and vLLM look.
-    Parameters keep their dtype. The directory appears under its name when it is complete; an existing one is replaced only
-    if it holds nothing but what a save wrote, else ValueError.
+    The encoder goes to `model.safetensors`, with format="pickle" to `pytorch_model.bin`; the heads always go to the two `.pt`
+    files, where FlagEmbedding and vLLM look. Parameters keep their dtype. The directory (or URL) appears under its name when
+    it is complete. ValueError where it exists, unless `replace` and it holds nothing but what a save wrote.
     """
-    directory = Path(directory)
-    if directory.exists():
-        there = directory.rglob("*") if directory.is_dir() else [directory]
-        foreign = sorted(p.name for p in there if p.is_file() and p.relative_to(directory).as_posix() not in _WRITTEN)
-        if foreign:
-            raise ValueError(
-                f"{directory} must be new or hold what an earlier save wrote, but there is {', '.join(foreign[:5])}; choose "
-                "another name"
-            )
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {}
-    for path, x in flatten(m3.params).items():
-        array = np.asarray(x)
-        # A transposed view would be written in its memory order, without a word, by safetensors.
-        tensors[torch_name(path)] = np.ascontiguousarray(array.T if path.endswith("/kernel") else array)
-    for head, file in HEAD_FILES.items():
-        pickles.write(partial / file, {k: tensors.pop(f"{head}.{k}") for k in ("weight", "bias")})
-    safetensors.numpy.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    dtype = str(np.asarray(m3.params["encoder"]["embeddings"]["word_embeddings"]["embedding"]).dtype)
-    config = json.loads(m3.config.to_json()) | {"dtype": dtype}
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (partial / "tokenizer.json").write_text(m3.tokenizer.json, encoding="utf-8", newline="")
-    (partial / "tokenizer_config.json").write_text(_tokenizer_config(m3), encoding="utf-8")
-    for name, content in _SENTENCE_TRANSFORMERS.items():
-        (partial / name).parent.mkdir(exist_ok=True)
-        (partial / name).write_text(json.dumps(content(m3.config), indent=2) + "\n", encoding="utf-8")
-    # The old model keeps its name until the new one is complete, and is never half removed under it.
-    older = directory.with_name(directory.name + ".older")
-    shutil.rmtree(older, ignore_errors=True)
-    if directory.exists():
-        directory.rename(older)
-    partial.rename(directory)
-    shutil.rmtree(older, ignore_errors=True)
+    if format not in ("safetensors", "pickle"):
+        raise ValueError(f"format must be 'safetensors' or 'pickle', got {format!r}")
+    foreign = [name for name in paths.files(directory) if name not in _WRITTEN]
+    if foreign or (paths.exists(directory) and not replace):
+        came = f"there is {', '.join(foreign[:5])}" if replace else "it exists"
+        raise ValueError(
+            f"{directory} must be new{' or hold what an earlier save wrote' * replace}, but {came}; choose another name or "
+            "remove it"
+        )
+    # Views: of two transposed matrices one is copied at a time, while it is written.
+    arrays = {path: np.asarray(x) for path, x in flatten(m3.params).items()}
+    tensors = {torch_name(path): x.T if path.endswith("/kernel") else x for path, x in arrays.items()}
+    with paths.writing(directory, last="config.json") as folder:
+        for head, file in HEAD_FILES.items():
+            pickles.write(folder / file, {k: tensors.pop(f"{head}.{k}") for k in ("weight", "bias")})
+        if format == "pickle":
+            pickles.write(folder / "pytorch_model.bin", tensors)
+        else:
+            safetensor_files.write(folder / "model.safetensors", tensors)
+        dtype = str(arrays["encoder/embeddings/word_embeddings/embedding"].dtype)
+        texts = {
+            name: json.dumps(content(m3.config), indent=2) + "\n" for name, content in _SENTENCE_TRANSFORMERS.items()
+        }
+        texts["config.json"] = json.dumps(json.loads(m3.config.to_json()) | {"dtype": dtype}, indent=2) + "\n"
+        texts["tokenizer.json"] = m3.tokenizer.json
+        texts["tokenizer_config.json"] = _tokenizer_config(m3)
+        for name, text in texts.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", newline="")
 
 
 # What sentence-transformers reads: the CLS hidden state, normalised (the dense function).
@@ -175,7 +176,7 @@ _SENTENCE_TRANSFORMERS = {
 }
 
 _WRITTEN = {
-    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"),
     *HEAD_FILES.values(),
     *_SENTENCE_TRANSFORMERS,
 }
@@ -198,10 +199,22 @@ def _file(directory: Path, name: str) -> Path:
     return path
 
 
+def _without_lm_head(tensors: dict[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
+    """The encoder of a masked-language-model file (xlm-roberta-base, -large) under an encoder's names; others unchanged."""
+    if not any(name.startswith("roberta.") for name in tensors):
+        return tensors
+    head = [name for name in tensors if name.startswith("lm_head.")]
+    if head:
+        warnings.warn(
+            f"{directory}: the language-model head is dropped, M3 has none: {', '.join(sorted(head))}", stacklevel=3
+        )
+    return {name.removeprefix("roberta."): x for name, x in tensors.items() if name not in head}
+
+
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists():
-        return _read_safetensors(directory / "model.safetensors")
+        return safetensor_files.read(directory / "model.safetensors")
     if index.exists():
         try:
             shards: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -209,13 +222,6 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
             raise ValueError(f'{index}: expected JSON {{"weight_map": {{tensor: file}}}}; write it again') from error
         tensors: dict[str, np.ndarray] = {}
         for file in sorted(set(shards.values())):
-            tensors |= _read_safetensors(_file(directory, Path(file).name))
+            tensors |= safetensor_files.read(_file(directory, Path(file).name))
         return tensors
     return dict(pickles.read(_file(directory, "pytorch_model.bin")))
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); download or write it again") from error

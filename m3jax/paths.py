@@ -1,0 +1,111 @@
+"""Folders that are read and written whole, on disks and in object stores: nothing half-written under a finished name.
+
+Not here: what is in them (weights.py, checkpoint.py). A path is local, or a URL that fsspec knows (gs://, s3://, memory://);
+the contents of a URL pass through a temporary folder.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is in an object store: a str with a scheme.
+
+    >>> is_url("gs://bucket/model"), is_url("runs/model")
+    (True, False)
+    """
+    return "://" in str(path)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether a path is taken: a file or folder, even an empty one; in a store, a folder is there when it has a file."""
+    return bool(files(path)) if is_url(path) else os.path.lexists(path)
+
+
+def files(path: str | Path) -> list[str]:
+    """The files below a folder, as sorted relative names with `/`; [] where there is none. A file is its own only one."""
+    if is_url(path):
+        store, root = _store(path)
+        return sorted(name.removeprefix(root).strip("/") or Path(name).name for name in store.find(root))
+    folder = Path(path)
+    if folder.is_file():
+        return [folder.name]
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@contextmanager
+def reading(source: str | Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[str | Path]:
+    """`source` itself, or of a URL a local folder with its `needed` files, which is gone when the block ends.
+
+    What is memory-mapped in the block stays readable after it. Raises ValueError where the URL holds no file.
+    """
+    if not is_url(source):
+        yield source
+        return
+    there = files(source)
+    if not there:
+        raise ValueError(f"{source}: expected a folder with a model or a checkpoint; there is no file")
+    store, root = _store(source)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in needed(there):
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(f"{root}/{name}", str(path))
+        yield Path(folder)
+
+
+@contextmanager
+def writing(destination: str | Path, *, last: str) -> Iterator[Path]:
+    """An empty local folder to fill, which takes the place of `destination` when the block ends; an error leaves what was.
+
+    On a disk it is renamed into place. A store has no such rename: there the file `last`, without which nobody takes the
+    folder for finished, goes first of the old ones and comes last of the new ones.
+    """
+    if is_url(destination):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            _upload(Path(folder), destination, last)
+        return
+    # Not Path.absolute, which keeps `..`; a link is replaced where it points to.
+    directory = Path(os.path.realpath(destination))
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        # The old one keeps its name until the new one is complete, and is never half removed under it.
+        older = directory.with_name(directory.name + ".older")
+        shutil.rmtree(older, ignore_errors=True)
+        if directory.exists():
+            directory.rename(older)
+        partial.rename(directory)
+        shutil.rmtree(older, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _upload(folder: Path, url: str | Path, last: str) -> None:
+    store, root = _store(url)
+    old, new = files(url), files(folder)
+    for name in sorted(old, key=lambda name: name != last):
+        if name == last or name not in new:
+            store.rm_file(f"{root}/{name}")
+    for name in sorted(new, key=lambda name: name == last):
+        store.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+        store.put_file(str(folder / name), f"{root}/{name}")
+
+
+def _store(url: str | Path) -> tuple[Any, str]:
+    """fsspec's file system and the path in it."""
+    import fsspec  # here: who has local paths does not wait for it
+
+    try:
+        store, root = fsspec.core.url_to_fs(str(url), use_listings_cache=False)
+    except (ImportError, ValueError) as error:  # a store's package is missing; an unknown scheme
+        raise ValueError(f"{url}: fsspec must know the store; {error}") from error
+    return store, root.rstrip("/")

@@ -1,0 +1,37 @@
+"""Where a model can come from: a released directory, an Orbax checkpoint of ours, a hub name, or a URL of one of the first two.
+
+Not here: the formats (weights.py, checkpoint.py), the hub (hub.py) and object stores (paths.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from m3jax import checkpoint, hub, paths, weights
+from m3jax.config import M3Config
+from m3jax.model import Params
+from m3jax.tokenization import Tokenizer
+
+
+def read(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    heads: Literal["require", "init"] = "require",
+    sharding: Any = None,
+) -> tuple[M3Config, Params, Tokenizer]:
+    """Config, parameters and tokenizer of a model wherever it is, in the dtype stored.
+
+    Parameters of a checkpoint are JAX arrays, placed by `sharding` as in checkpoint.read; those of a released directory are
+    views of its mapped files (weights.read). Raises ValueError as these and hub.fetch do.
+    """
+    with paths.reading(source, _needed) as local:
+        directory = local if paths.is_url(source) else hub.fetch(local, revision=revision)
+        if checkpoint.is_checkpoint(directory):
+            return checkpoint.read(directory, sharding=sharding)
+        return weights.read(directory, heads=heads)
+
+
+def _needed(there: Sequence[str]) -> Sequence[str]:
+    """The files to copy from a store: the last step's model of checkpoints, else everything at the top."""
+    return checkpoint.needed(there) or [name for name in there if "/" not in name]
