@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import m3jax
-from m3jax import hub, pickles, weights
+from m3jax import hub, pickles, safetensor_files, weights
 
 NAME = "someone/tiny-m3"
 SINGLE = {"config.json", "tokenizer.json", "model.safetensors", "sparse_linear.pt", "colbert_linear.pt"}
@@ -191,7 +191,7 @@ def same(one, other):
 
 
 def tensors(folder):
-    return weights.safetensors.numpy.load_file(folder / "model.safetensors")
+    return safetensor_files.read(folder / "model.safetensors")
 
 
 def test_loads_as_the_directory_does(stand_in, released, run):
@@ -326,7 +326,7 @@ def shard(folder):
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     placed = {name: shards[i % 2] for i, name in enumerate(whole)}
     for file in shards:
-        weights.safetensors.numpy.save_file({k: v for k, v in whole.items() if placed[k] == file}, folder / file)
+        safetensor_files.write(folder / file, {k: v for k, v in whole.items() if placed[k] == file})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     shutil.copy(folder / shards[0], folder / "model-00001-of-00003.safetensors")
     return shards
