@@ -102,7 +102,7 @@ def describe(directory: str | Path) -> tuple[M3Config, Tokenizer]:
 def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Params, Tokenizer]:
     """Config, parameters and tokenizer of a step, or of the last step in a folder of steps, in the dtype stored.
 
-    sharding: a function from the tree of shapes to a tree of shardings; None puts everything on the first device.
+    sharding: a function from the tree of shapes to a tree of shardings; None gives NumPy arrays.
     Raises ValueError that lists every parameter missing, left over or misshapen.
     """
     import orbax.checkpoint as ocp
@@ -110,7 +110,8 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
     config, tokenizer = describe(directory)
     step = _step(Path(directory).absolute())
     assert step is not None
-    handlers = {PARAMS: ocp.StandardCheckpointHandler(), MODEL: ocp.JsonCheckpointHandler()}
+    # Two gigabytes in flight are more than the largest table of any released model, and bound what a restore takes beside it.
+    handlers = {PARAMS: ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2), MODEL: ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         stored = flatten(checkpointer.metadata(step).item_metadata[PARAMS].tree)
         expected = shapes(config)
@@ -120,16 +121,19 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
             source=step,
         )
         if sharding is None:
-            one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            places = jax.tree.map(lambda _: one, expected)
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), expected)
         else:
-            places = sharding(expected)
-        # Orbax casts to the target's dtype without a word, so the target takes the stored one.
-        target = {
-            path: jax.ShapeDtypeStruct(x.shape, np.dtype(stored[path].dtype), sharding=place)
-            for (path, x), place in zip(flatten(expected).items(), jax.tree.leaves(places), strict=True)
-        }
-        wanted = {PARAMS: ocp.args.StandardRestore(_string_keys(unflatten(target)))}
+            # Orbax casts to the target's dtype without a word, so the target takes the stored one.
+            places = flatten(sharding(expected))
+            how = unflatten(
+                {
+                    path: ocp.ArrayRestoreArgs(
+                        sharding=places[path], global_shape=x.shape, dtype=np.dtype(stored[path].dtype)
+                    )
+                    for path, x in flatten(expected).items()
+                }
+            )
+        wanted = {PARAMS: ocp.args.PyTreeRestore(restore_args=_string_keys(how))}
         params = checkpointer.restore(step, args=ocp.args.Composite(**wanted))[PARAMS]
     return config, unflatten(flatten(params)), tokenizer
 

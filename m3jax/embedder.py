@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
 from tqdm import tqdm
@@ -36,7 +35,8 @@ def load(
 
     directory: a path, or a URL in an object store ("gs://…", "s3://…"). A str that is no directory is a name on the Hugging
     Face hub ("BAAI/bge-m3"), and revision a branch, tag or commit there (None is main); `m3jax.hub.fetch` says what is
-    downloaded.
+    downloaded. On CPU the parameters may be views of the mapped files: replace a model's files, do not write into them, while
+    it is in use (`save` replaces).
 
     dtype: "float32", "bfloat16" or "float16", in which the matrix products run; None is float32 on CPU and bfloat16 on
     GPU and TPU, whatever is stored. heads: "init" draws heads at random where the directory has none, to train them.
@@ -51,8 +51,7 @@ def load(
     if heads not in ("require", "init"):
         raise ValueError(f"heads must be 'require' or 'init', got {heads!r}")
     config, params, tokenizer = sources.read(directory, revision=revision, heads=heads)
-    # jnp.array copies: a model must not change with the file that its parameters are views of.
-    return M3(config, cast(jax.tree.map(jnp.array, params), dtype), tokenizer)
+    return M3(config, cast(jax.device_put(params), dtype), tokenizer)
 
 
 def save(m3: M3, directory: str | Path) -> None:

@@ -78,7 +78,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
         header[name] = {"dtype": _NAMES[x.dtype], "shape": x.shape, "data_offsets": (end, end + x.nbytes)}
         end += x.nbytes
     described = json.dumps(header).encode()
-    described += b" " * (-len(described) % 8)
+    described += b" " * (-(8 + len(described)) % 64)  # so that JAX can take the mapped tensors as they lie
     with Path(path).open("xb") as file:
         file.write(len(described).to_bytes(8, "little") + described)
         for _, x in ordered:
