@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from m3jax import pickles
+from m3jax.card import CARD, is_ours, make_card
 from m3jax.config import M3Config
 from m3jax.model import M3, Params, check_tree, flatten, init, shapes, unflatten
 from m3jax.tokenization import Tokenizer
@@ -116,21 +117,25 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     return config, unflatten(params), tokenizer
 
 
-def write(m3: M3, directory: str | Path) -> None:
+def write(m3: M3, directory: str | Path, *, card: str | None = None) -> None:
     """Write a released directory that `read`, transformers and FlagEmbedding read, laid out for sentence-transformers too.
 
     The encoder goes to `model.safetensors`; the heads go to the two `.pt` files, where FlagEmbedding and vLLM look.
-    Parameters keep their dtype. The directory appears under its name when it is complete; an existing one is replaced only
-    if it holds nothing but what a save wrote, else ValueError.
+    Parameters keep their dtype. card: the text of README.md; None says what the model itself tells. The directory appears
+    under its name when it is complete; an existing one is replaced only if it holds nothing but what a save wrote, else
+    ValueError: a README.md that a person wrote, or changed since, is not what a save wrote.
     """
     directory = Path(directory)
     if directory.exists():
         there = directory.rglob("*") if directory.is_dir() else [directory]
         foreign = sorted(p.name for p in there if p.is_file() and p.relative_to(directory).as_posix() not in _WRITTEN)
+        own = directory / CARD
+        if own.is_file() and not is_ours(own.read_text(encoding="utf-8", errors="replace")):
+            foreign.insert(0, f"a {CARD} of your own")
         if foreign:
             raise ValueError(
                 f"{directory} must be new or hold what an earlier save wrote, but there is {', '.join(foreign[:5])}; choose "
-                "another name"
+                "another name, or move that elsewhere"
             )
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -151,6 +156,9 @@ def write(m3: M3, directory: str | Path) -> None:
     for name, content in _SENTENCE_TRANSFORMERS.items():
         (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_text(json.dumps(content(m3.config), indent=2) + "\n", encoding="utf-8")
+    if card is None:
+        card = make_card(m3.config, sum(x.size for x in jax.tree.leaves(m3.params)))
+    (partial / CARD).write_text(card, encoding="utf-8")
     # The old model keeps its name until the new one is complete, and is never half removed under it.
     older = directory.with_name(directory.name + ".older")
     shutil.rmtree(older, ignore_errors=True)
@@ -175,7 +183,7 @@ _SENTENCE_TRANSFORMERS = {
 }
 
 _WRITTEN = {
-    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", CARD),
     *HEAD_FILES.values(),
     *_SENTENCE_TRANSFORMERS,
 }

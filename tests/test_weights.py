@@ -81,7 +81,7 @@ def test_names_are_those_of_pytorch_and_all_different(m3):
 
 def test_the_files_that_others_look_for(m3, saved):
     assert sorted(str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()) == [
-        "1_Pooling/config.json", "colbert_linear.pt", "config.json", "model.safetensors", "modules.json",
+        "1_Pooling/config.json", "README.md", "colbert_linear.pt", "config.json", "model.safetensors", "modules.json",
         "sentence_bert_config.json", "sparse_linear.pt", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert (saved / "tokenizer.json").read_bytes().decode() == m3.tokenizer.json
