@@ -30,7 +30,7 @@ def make_card(
 
     parameters: their number. base_model: a name on the hub. languages: ISO 639 codes. training: a table, setting → value.
     measured: of this model, by function; these are the results of the front matter too. compared: other rows of the same
-    table (BM25, the parent). notes: lines below it. Every text is free: it is quoted for YAML and for Markdown.
+    table (BM25, the parent). notes: lines below it. Every text is free: it is quoted for YAML and for Markdown, on one line.
     """
     # Imported here: who encodes does not wait for it.
     from huggingface_hub import EvalResult, ModelCardData
@@ -41,17 +41,17 @@ def make_card(
             task_type="information-retrieval",
             # Our sets are folders. A name here would be that of a data set on the hub, so theirs is the configuration's.
             dataset_type="custom",
-            dataset_config=test,
-            dataset_name=test,
+            dataset_config=_line(test),
+            dataset_name=_line(test),
             metric_type=metric.lower().replace("@", "_at_"),
-            metric_name=f"{metric} ({function})",
+            metric_name=_line(f"{metric} ({function})"),
             metric_value=float(value),
         )
         for function, tests in measured.items()
         for test, values in tests.items()
         for metric, value in values.items()
     ]
-    title = name or "M3-Embedding"
+    title = _line(name or "") or "M3-Embedding"
     front = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
@@ -97,9 +97,14 @@ def _marked(text: str) -> str:
     return f"{text}\n\n<!-- m3jax {digest}: as long as nothing above is changed, a save replaces this card. -->\n"
 
 
+def _line(text: str) -> str:
+    """The text on one line: tables need that, and PyYAML writes some of Unicode's line ends such that they read as others."""
+    return " ".join(text.split())
+
+
 def _plain(text: str) -> str:
-    """One line of Markdown that shows the text as it is, in a table too."""
-    return re.sub(r"[\\`*\[<>|~&#$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+    """Markdown that shows the text as it is, in a table too."""
+    return re.sub(r"[\\`*\[<>|~&#$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", _line(text))
 
 
 def _number(value: float | None) -> str:
