@@ -54,13 +54,20 @@ def load(
     return M3(config, cast(jax.device_put(params), dtype), tokenizer)
 
 
-def save(m3: M3, directory: str | Path) -> None:
+def save(m3: M3, directory: str | Path, *, card: str | None = None) -> None:
     """Write a model as a released directory, which `load`, transformers and FlagEmbedding read.
 
-    directory: a path or a URL, as for `load`; it appears when it is complete, and replaces only what a save wrote. The heads
-    are the two `.pt` files, where FlagEmbedding and vLLM look.
+    directory: a path or a URL, as for `load`; it appears when it is complete. The heads are the two `.pt` files, where
+    FlagEmbedding and vLLM look.
+
+    card: the text of README.md, the model card on the hub. None makes one of what the model itself tells: its sizes, and how
+    to use it. The card of a directory that the model was loaded from is not taken over: what it says of results and data may
+    not hold of the model that is saved. Pass it as card where it does.
+
+    Raises ValueError where the directory holds what no save wrote. A card that you wrote or changed counts as that, so a save
+    never replaces it; one that a save made, it does.
     """
-    weights.write(m3, directory)
+    weights.write(m3, directory, card=card)
 
 
 def encode(

@@ -19,6 +19,11 @@ _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")  # the first that 
 _HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 
 
+def is_name(source: str | Path) -> bool:
+    """Whether source is a name on the hub, `owner/name`: a path that is there, whatever it looks like, is none."""
+    return isinstance(source, str) and bool(_NAME.fullmatch(source)) and not Path(source).exists()
+
+
 def fetch(source: str | Path, *, revision: str | None = None) -> Path:
     """The local directory of a model: `source` itself where it is a directory, else what the hub has under this name.
 
@@ -36,7 +41,7 @@ def fetch(source: str | Path, *, revision: str | None = None) -> Path:
                 f"revision is for names on the hub, but {str(source)!r} is a directory; leave revision out"
             )
         return Path(source)
-    if not isinstance(source, str) or not _NAME.fullmatch(source) or Path(source).exists():
+    if not isinstance(source, str) or not is_name(source):
         raise ValueError(
             f"expected a directory with a model or a checkpoint, or a name on the hub such as 'BAAI/bge-m3', got "
             f"{str(source)!r}, which is neither; look for a typing error"

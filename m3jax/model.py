@@ -33,7 +33,7 @@ class Network(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: M3Config) -> tuple[nnx.GraphDef[Network], nnx.State]:
+def _abstract(config: M3Config) -> tuple[nnx.GraphDef[Network], Any]:
     """The network's graph and its state as shapes. Tracing 24 layers takes seconds: one is traced and copied."""
     one = dataclasses.replace(config, num_hidden_layers=1)
     network = nnx.eval_shape(lambda: Network(one, nnx.Rngs(0)))

@@ -38,6 +38,14 @@ def files(path: str | Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
+def read_text(folder: str | Path, name: str) -> str:
+    """The text of one file of a folder; bytes that are no UTF-8 become replacement characters."""
+    if is_url(folder):
+        store, root = _store(folder)
+        return store.cat_file(f"{root}/{name}").decode("utf-8", "replace")
+    return Path(folder, name).read_text(encoding="utf-8", errors="replace")
+
+
 @contextmanager
 def reading(source: str | Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[str | Path]:
     """`source` itself, or of a URL a local folder with its `needed` files, which is gone when the block ends.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax import paths, pickles, safetensor_files
+from m3jax.card import CARD, is_ours, make_card
 from m3jax.config import M3Config
 from m3jax.model import M3, Params, check_tree, flatten, init, shapes, unflatten
 from m3jax.tokenization import Tokenizer
@@ -123,21 +124,25 @@ def write(
     *,
     format: Literal["safetensors", "pickle"] = "safetensors",
     replace: bool = True,
+    card: str | None = None,
 ) -> None:
     """Write a released directory that `read`, transformers, FlagEmbedding and sentence-transformers read.
 
     The encoder goes to `model.safetensors`, with format="pickle" to `pytorch_model.bin`; the heads always go to the two `.pt`
-    files, where FlagEmbedding and vLLM look. Parameters keep their dtype. The directory (or URL) appears under its name when
-    it is complete. ValueError where it exists, unless `replace` and it holds nothing but what a save wrote.
+    files, where FlagEmbedding and vLLM look. Parameters keep their dtype. card: the text of README.md; None says what the model
+    itself tells. The directory (or URL) appears under its name when it is complete. ValueError where it exists, unless
+    `replace` and it holds nothing but what a save wrote: a README.md that a person wrote, or changed since, is not that.
     """
     if format not in ("safetensors", "pickle"):
         raise ValueError(f"format must be 'safetensors' or 'pickle', got {format!r}")
     foreign = [name for name in paths.files(directory) if name not in _WRITTEN]
+    if CARD in paths.files(directory) and not is_ours(paths.read_text(directory, CARD)):
+        foreign.insert(0, f"a {CARD} of your own")
     if foreign or (paths.exists(directory) and not replace):
         came = f"there is {', '.join(foreign[:5])}" if replace else "it exists"
         raise ValueError(
-            f"{directory} must be new{' or hold what an earlier save wrote' * replace}, but {came}; choose another name or "
-            "remove it"
+            f"{directory} must be new{' or hold what an earlier save wrote' * replace}, but {came}; choose another name, "
+            "or move that elsewhere"
         )
     # Views: of two transposed matrices one is copied at a time, while it is written.
     arrays = {path: np.asarray(x) for path, x in flatten(m3.params).items()}
@@ -156,6 +161,7 @@ def write(
         texts["config.json"] = json.dumps(json.loads(m3.config.to_json()) | {"dtype": dtype}, indent=2) + "\n"
         texts["tokenizer.json"] = m3.tokenizer.json
         texts["tokenizer_config.json"] = _tokenizer_config(m3)
+        texts[CARD] = make_card(m3.config, sum(x.size for x in arrays.values())) if card is None else card
         for name, text in texts.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8", newline="")
@@ -176,7 +182,7 @@ _SENTENCE_TRANSFORMERS = {
 }
 
 _WRITTEN = {
-    *("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"),
+    *("config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json", CARD),
     *HEAD_FILES.values(),
     *_SENTENCE_TRANSFORMERS,
 }

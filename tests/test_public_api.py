@@ -54,7 +54,7 @@ def test_type_checkers_see_the_same_names():
     ("name", "positional", "keywords"),
     [
         ("load", ["directory"], {"revision", "dtype", "heads"}),
-        ("save", ["m3", "directory"], set()),
+        ("save", ["m3", "directory"], {"card"}),
         ("encode", ["m3", "texts"], {"dense", "sparse", "colbert", "max_length"}),
         ("score", ["queries", "passages"], {"weights", "pairwise"}),
         ("search", ["queries", "passages"], {"by", "k"}),

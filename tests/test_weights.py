@@ -81,7 +81,7 @@ def test_names_are_those_of_pytorch_and_all_different(m3):
 
 def test_the_files_that_others_look_for(m3, saved):
     assert sorted(str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()) == [
-        "1_Pooling/config.json", "colbert_linear.pt", "config.json", "model.safetensors", "modules.json",
+        "1_Pooling/config.json", "README.md", "colbert_linear.pt", "config.json", "model.safetensors", "modules.json",
         "sentence_bert_config.json", "sparse_linear.pt", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert (saved / "tokenizer.json").read_bytes().decode() == m3.tokenizer.json
@@ -270,6 +270,28 @@ def test_only_what_a_save_wrote_is_replaced(m3, saved, tmp_path):
     (tmp_path / "empty").mkdir()
     save(m3, tmp_path / "empty")
     assert_same_model(read(tmp_path / "empty"), m3)
+
+
+def test_a_card_is_replaced_only_as_a_save_made_it(m3, saved, tmp_path):
+    made = (saved / "README.md").read_text(encoding="utf-8")
+    assert f"{sum(x.size for x in jax.tree.leaves(m3.params)):,} parameters" in made
+    save(m3, saved)
+    assert (saved / "README.md").read_text(encoding="utf-8") == made
+    changed = made.replace("---\n", "---\nlicense: mit\n", 1)
+    for own in (changed.encode(), b"# Mine\n", b"\xff\xfe no UTF-8"):
+        (saved / "README.md").write_bytes(own)
+        with pytest.raises(ValueError, match=r"there is a README.md of your own; choose another name, or move that"):
+            save(m3, saved)
+        assert (saved / "README.md").read_bytes() == own
+    assert_same_model(read(saved), m3)
+    # A card that is given is written as it is, and is then a person's.
+    save(m3, tmp_path / "given", card="# Mine, 東京\n")
+    assert (tmp_path / "given" / "README.md").read_text(encoding="utf-8") == "# Mine, 東京\n"
+    with pytest.raises(ValueError, match=r"a README.md of your own"):
+        save(m3, tmp_path / "given")
+    # The card of the source is not taken over: it may not hold of the model that is saved.
+    save(load(tmp_path / "given"), tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == made
 
 
 def test_an_interrupted_save_leaves_what_was_there(m3, saved, tmp_path, monkeypatch):

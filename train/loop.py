@@ -23,6 +23,7 @@ from ml_collections import FrozenConfigDict
 from tqdm import tqdm
 
 import m3jax
+from m3jax.card import CARD
 from m3jax.config import M3Config
 from m3jax.model import M3, cast, init
 from m3jax.sharding import make_mesh
@@ -37,6 +38,7 @@ from train.evaluate import Evaluation, Task, evaluate, read_task, read_tasks
 from train.example import worked_example
 from train.files import write_json, write_whole
 from train.optimizer import learning_rate, make_optimizer
+from train.release import card_of_run
 from train.report import write_report
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
@@ -115,7 +117,15 @@ def train(config: Config) -> dict[str, Any]:
         trained = _model(m3, state)
     clock.lap("train")
 
-    m3jax.save(trained, run / "model")
+    known = {
+        "name": config.name,
+        "config": config.to_dict(),
+        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
+        "rows": len(source),
+    }
+    kept = {key: config[key] for key in _KEPT}
+    # The model is there before it is measured, which may take longer or fail; its card says how good it is in the end.
+    m3jax.save(trained, run / "model", card=card_of_run(trained.config, known, kept))
     evaluations = [_evaluate(config, trained, task, "trained") for task in tests]
     example = None
     if tests:
@@ -128,11 +138,8 @@ def train(config: Config) -> dict[str, Any]:
             lengths=(config.query_max_length, config.passage_max_length),
         )
     clock.lap("evaluate")
-    results = {
-        "name": config.name,
+    results = known | {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "config": config.to_dict(),
-        "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
         "seconds": clock.seconds(whole=first == 0),
         "hardware": f"{mesh.size} × {jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} CPU cores)",
         "versions": {name: importlib.metadata.version(name) for name in ("m3jax", "jax", "flax", "optax")},
@@ -142,6 +149,7 @@ def train(config: Config) -> dict[str, Any]:
         "example": example,
     }
     write_json(run / "results.json", results)
+    write_whole(run / "model" / CARD, card_of_run(trained.config, results, kept))
     report = write_report(run)
     took = f" after going on from step {first}" if first else ""
     say("\n" + format_table(results))

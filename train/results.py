@@ -50,6 +50,7 @@ class Results(TypedDict):
     date: NotRequired[str]
     config: NotRequired[dict[str, Any]]
     parameters: NotRequired[int]
+    rows: NotRequired[int]
     seconds: NotRequired[dict[str, float]]
     hardware: NotRequired[str]
     versions: NotRequired[dict[str, str]]

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("bm25s", reason="training needs the train extra")
 pytest.importorskip("grain", reason="training needs the train extra")
@@ -243,6 +244,32 @@ def test_the_released_model_is_the_last_checkpoint(ran):
     assert not np.array_equal(
         *(m.params["encoder"]["embeddings"]["word_embeddings"]["embedding"] for m in (last, before))
     )
+
+
+def test_the_card_says_what_the_results_say(ran):
+    run, results = ran
+    text = (run / "model" / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("---\n")[1])
+    told = {
+        (one["dataset"]["name"], metric["name"]): metric["value"]
+        for one in front["model-index"][0]["results"]
+        for metric in one["metrics"]
+    }
+    titles = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100"}
+    assert told == {
+        (one["name"], f"{titles[metric]} ({function})"): value
+        for one in results["evaluations"]
+        if one["model"] == "trained"
+        for function, scores in one["scores"].items()
+        if function != "bm25"
+        for metric, value in scores.items()
+    }
+    before = [one["scores"]["all"] for one in results["evaluations"] if one["model"] == "untrained"]
+    values = " | ".join(f"{value:.3f}" for scores in before for value in scores.values())
+    for line in (f"| all, before training | {values} |", "| data | train.jsonl |", "| rows | 12 |", "| steps | 4 |"):
+        assert line in text
+    assert str(run) not in text and str(Path(results["config"]["data"]["train"]).parent) not in text
+    assert f"{results['parameters']:,} parameters" in text and "base_model" not in front and "language" not in front
 
 
 def test_what_a_person_sees(ran, configured, capfd):
