@@ -33,6 +33,8 @@ _NUMBERS |= {pickle.BINUNICODE: "<I"}
 _MAX_PICKLE_BYTES = 2**22  # 40,000 tensors of 100 bytes each; the worst that was found takes 12 s and 0.4 GB
 _ZIP64_BYTES = 2**30  # below zipfile's own limit, so that the choice, which moves the data by 20 bytes, is ours alone
 _MAX_DIMENSIONS = 64  # numpy's own limit
+_FLAGS = 0x808  # of a zip's entries: a checksum behind the data, a name in UTF-8; others change what the data mean
+_FOLDER = 0x10  # among the attributes of an entry: torch takes it for empty, whatever it holds
 _ALIGNMENT = 64  # torch's default: torch.utils.serialization.config.save.storage_alignment
 _ADVICE = (
     "Fetch it again if it was downloaded; else, if you trust where it comes from, write its tensors anew in PyTorch: "
@@ -67,6 +69,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             raise ValueError(f"numbers are stored little-endian, byteorder says {_short(bytes(records['byteorder']))}")
         if not 0 < len(records.get("data.pkl", b"")) <= _MAX_PICKLE_BYTES:
             raise ValueError(f"a state dict has a data.pkl of at most {_MAX_PICKLE_BYTES} bytes; this one has not")
+        if (version := records.get("version")) != b"3\n":
+            raise ValueError(f"the format has version 3; this one says {_short(version and bytes(version[:9]))}")
         tensors = _unpickle(records)
         if type(tensors) is not dict:
             raise ValueError(f"the pickle holds a dict of tensors by name, not a {_kind(tensors)}")
@@ -81,8 +85,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Write what `torch.load(path, weights_only=True)` reads as an OrderedDict of contiguous tensors, dtypes kept.
 
-    Arrays that are the same memory (address, dtype, shape, strides) become tied tensors and are stored once. The file
-    appears at `path` only when it is whole. ValueError for a name that is no str and a dtype that `read` does not know.
+    Arrays that are the same memory (address, dtype, shape, strides) become tied tensors and are stored once; the bytes
+    depend on nothing else but names, order, dtypes, shapes and numbers. The file appears at `path` only when it is
+    whole. ValueError for a name that is no str and a dtype that `read` does not know.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -94,13 +99,16 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
     storages: dict[tuple[object, ...], tuple[int, np.ndarray]] = {}
     code = [b"\x80\x02", _code(OrderedDict()), b"("]
     for name, array in arrays.items():
-        if not isinstance(name, str) or not isinstance(array, np.ndarray):
-            raise ValueError(f"tensors are numpy arrays by str name; {name!r} is a {type(array).__name__}, convert it")
+        if type(name) is not str or not isinstance(array, np.ndarray):  # a subclass would be pickled by its class
+            raise ValueError(
+                f"tensors are numpy arrays by str name, not {type(array).__name__} by {name!r}; convert it"
+            )
         storage = next((key for key, dtype in _STORAGES.items() if dtype == array.dtype), None)
         if storage is None:
             known = ", ".join(dtype.name for dtype in _STORAGES.values())
             raise ValueError(f"{name!r} has dtype {array.dtype.str} ({array.dtype.name}); convert it to one of {known}")
-        memory = (array.ctypes.data, array.dtype, array.shape, array.strides)
+        # nothing is shared where nothing is: an empty array's address may be anything, so its name stands for it
+        memory = (array.ctypes.data if array.size else name, array.dtype, array.shape, array.strides)
         index, _ = storages.setdefault(memory, (len(storages), array))
         # not array.strides: numpy's of an axis of length 1 are arbitrary, even negative
         strides = tuple(math.prod(max(n, 1) for n in array.shape[axis + 1 :]) for axis in range(array.ndim))
@@ -148,45 +156,87 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> No
 def _records(path: Path) -> dict[str, memoryview]:
     """The content of each entry of the archive, by its name below the top folder, as a view of the mapped file.
 
+    Not `zipfile`: an archive can be made to hold one set of entries for it and another for torch, which finds the
+    directory by another number. Here all that says where something is must agree, and nothing may overlap.
     Checksums are not compared: that would read every byte, and torch.save can be told not to compute them.
+    Names are lower-cased, as torch compares them.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             raise ValueError("the file is a zip archive, as PyTorch writes since 1.6; this one is not (older format?)")
-        try:
-            with zipfile.ZipFile(file) as archive:
-                entries, limit = archive.infolist(), archive.start_dir
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, ValueError) as error:
-            raise ValueError(f"the zip archive is whole; this one is cut off or damaged ({error})") from error
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        entries, limit = _directory(content)
+    except struct.error as error:
+        raise ValueError("the zip archive is whole; this one is cut off or damaged") from error
     records: dict[str, memoryview] = {}
     folders, reached = set(), 0
-    for entry in sorted(entries, key=lambda entry: entry.header_offset):
-        parts = entry.orig_filename.split("/")
-        name, shown = "/".join(parts[1:]), _short(entry.orig_filename)
-        folders.add(parts[0])
-        if len(parts) == 1 or {"", ".", ".."} & set(parts) or set("\\:\0") & set(entry.orig_filename):
-            raise ValueError(f"entries are named folder/name, with no '..' and no absolute path; {shown} is not")
+    for offset, title, size in sorted(entries):
+        folder, _, name = title.partition("/")
+        name = name.lower()
+        folders.add(folder)
+        if {"", ".", ".."} & {folder, *name.split("/")} or set("\\:\0") & set(title) or not title.isascii():
+            raise ValueError(f"entries are named folder/name, no '..', not absolute, in ASCII; {_short(title)} is not")
         if len(folders) > 1 or name in records:
-            raise ValueError(f"entries are unique names in one top folder; {shown} is a second")
-        if not reached <= entry.header_offset <= limit - 30:
-            raise ValueError(f"entries follow each other in the file; {shown} starts at {entry.header_offset}")
-        header = struct.unpack_from("<4s2xHH16xHH", content, entry.header_offset)
-        signature, flags, method, name_bytes, extra_bytes = header
-        if method or entry.compress_type or entry.compress_size != entry.file_size:
-            raise ValueError(f"entries are stored, not compressed; {shown} has method {entry.compress_type or method}")
-        if (flags | entry.flag_bits) & 0x2061:  # encrypted, patch data, strong encryption, masked headers
-            raise ValueError(f"entries are not encrypted; {shown} has flags {flags | entry.flag_bits:#x}")
-        start = entry.header_offset + 30 + name_bytes
-        encoded = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
-        if signature != b"PK\3\4" or content[start - name_bytes : start] != encoded:
-            raise ValueError(f"the central directory and the local header agree; they differ on {shown}")
+            raise ValueError(f"entries are unique names in one top folder; {_short(title)} is a second")
+        if not reached <= offset <= limit - 30:
+            raise ValueError(f"entries follow each other in the file; {_short(title)} starts at {offset}")
+        signature, flags, method, title_bytes, extra_bytes = struct.unpack_from("<4s2x2H16x2H", content, offset)
+        start = offset + 30 + title_bytes
+        local = bytes(content[start - title_bytes : start])
+        if (signature, flags & ~_FLAGS, method, local) != (b"PK\3\4", 0, 0, title.encode()):
+            raise ValueError(f"the central directory and the local header agree; they differ on {_short(title)}")
         start += extra_bytes
-        reached = start + entry.file_size
+        reached = start + size
         if reached > limit:
-            raise ValueError(f"entries end before the central directory at {limit}; {shown} ends at {reached}")
+            raise ValueError(f"entries end before the central directory at {limit}; {_short(title)} ends at {reached}")
         records[name] = content[start:reached]
     return records
+
+
+def _directory(content: memoryview) -> tuple[list[tuple[int, str, int]], int]:
+    """Offset, name and size of each entry in the central directory, and where that starts. struct.error if cut off."""
+    end = max(len(content) - 22, 0)
+    signature, *disks, here, count, size, start, comment = struct.unpack_from("<4s4H2IH", content, end)
+    agree = signature == b"PK\5\6" and not comment
+    if end >= 76 and content[end - 20 : end - 16] == b"PK\6\7":
+        end -= 76
+        # what is too large for the first record is all ones there; else both say the same
+        for value, bits, at in (here, 16, 24), (count, 16, 32), (size, 32, 40), (start, 32, 48):
+            agree &= value in (2**bits - 1, *struct.unpack_from("<Q", content, end + at))
+        signature, length, *more, here, count, size, start, signature64, first, place, total = struct.unpack_from(
+            "<4sQ4x2I4Q4sIQI", content, end
+        )
+        disks += [*more, first]
+        agree &= signature == b"PK\6\6" and length == 44 and signature64 == b"PK\6\7" and place == end and total == 1
+    if not agree or any(disks) or here != count or start + size != end:
+        raise ValueError("the zip archive is whole, of one part, with no comment; this one is cut off or damaged")
+    entries, at = [], start
+    for _ in range(count):
+        signature, flags, method, packed, size, *lengths, disk, attributes, offset = struct.unpack_from(
+            "<4s4x2H8x2I4H2x2I", content, at
+        )
+        at += 46
+        middle = at + lengths[0]
+        title, extra = bytes(content[at:middle]).decode("ascii", "replace"), content[middle : middle + lengths[1]]
+        at += sum(lengths)
+        large = [value == 2**32 - 1 for value in (size, packed, offset)]
+        if any(large):  # the first extra field has those, of 8 bytes each
+            tag, length, *numbers = struct.unpack_from(f"<2H{sum(large)}Q", extra)
+            if tag != 1 or length != 8 * len(numbers):
+                raise ValueError(f"the zip archive is whole; this one lacks the size of {_short(title)}")
+            size, packed, offset = (
+                numbers.pop(0) if big else n for big, n in zip(large, (size, packed, offset), strict=True)
+            )
+        if signature != b"PK\1\2" or disk or at > end:
+            raise ValueError(f"the zip archive is whole; this one is damaged before byte {at}")
+        if flags & ~_FLAGS or method or packed != size or attributes & _FOLDER:
+            came = f"flags {flags:#x}, method {method}, size {packed} of {size}, attributes {attributes:#x}"
+            raise ValueError(f"entries are files, not compressed, encrypted or patched; {_short(title)} has {came}")
+        entries.append((offset, title, size))
+    if at != end:
+        raise ValueError(f"the zip archive is whole; in this one, the directory ends at {at}, not at {end}")
+    return entries, start
 
 
 def _unpickle(records: Mapping[str, memoryview]) -> object:
@@ -199,6 +249,7 @@ def _unpickle(records: Mapping[str, memoryview]) -> object:
     stack: list[object] = []
     marks: list[list[object]] = []
     memo: dict[int, object] = {}
+    storages: dict[str, _Storage] = {}
 
     def take(size: int) -> bytes:
         if len(taken := code.read(size)) < size:
@@ -241,7 +292,7 @@ def _unpickle(records: Mapping[str, memoryview]) -> object:
                         raise ValueError(f"the pickle may name only OrderedDict and torch's dense tensors, not {came}")
                     stack.append(_Global(name))
                 case pickle.BINPERSID:
-                    stack.append(_storage(stack.pop(), records))
+                    stack.append(_storage(stack.pop(), records, storages))
                 case pickle.REDUCE:
                     args, function = stack.pop(), stack.pop()
                     stack.append(_reduce(function, args))
@@ -258,8 +309,8 @@ def _unpickle(records: Mapping[str, memoryview]) -> object:
                 case _:
                     raise ValueError(f"a state dict in pickle protocol 2 has no opcode {opcode} at byte {code.tell()}")
         return stack.pop()
-    except (EOFError, IndexError, KeyError) as error:
-        missing = {EOFError: "code", IndexError: "stack or mark", KeyError: "memo"}[type(error)]
+    except (EOFError, IndexError, KeyError, UnicodeDecodeError) as error:
+        missing = {EOFError: "code", IndexError: "stack or mark", KeyError: "memo"}.get(type(error), "UTF-8")
         raise ValueError(f"data.pkl is whole; this one lacks {missing} at byte {code.tell()}") from error
 
 
@@ -272,19 +323,22 @@ def _set_items(target: object, items: list[object]) -> None:
         target[key] = value
 
 
-def _storage(identity: object, records: Mapping[str, memoryview]) -> _Storage:
+def _storage(identity: object, records: Mapping[str, memoryview], storages: dict[str, _Storage]) -> _Storage:
     match identity:
-        case ("storage", _Global(kind), str(key), str(), int(size)) if kind in _STORAGES:
+        case (str("storage"), _Global(kind), str(key), str(), size) if kind in _STORAGES and type(size) is int:
             dtype, name = _STORAGES[kind], f"data/{key}"
         case _:
             raise ValueError("a storage is ('storage', type, key, device, size) with a type that torch.save writes")
     if name not in records or len(records[name]) != size * dtype.itemsize:
         came = f"{len(records[name])} bytes" if name in records else "not there"
         raise ValueError(f"storage {_short(name)} has {size} × {dtype.itemsize} bytes; its entry is {came}")
+    storage = storages.setdefault(name, _Storage(np.frombuffer(records[name], dtype)))
+    if storage.values.dtype != dtype:  # torch would go on with the first type
+        raise ValueError(f"a storage has one type; {_short(name)} is {storage.values.dtype} and {dtype}")
     # any other byte is undefined behaviour in numpy's boolean loops
     if dtype == np.bool_ and np.frombuffer(records[name], np.uint8).max(initial=0) > 1:
         raise ValueError(f"booleans are stored as 0 or 1; {_short(name)} holds another byte")
-    return _Storage(np.frombuffer(records[name], dtype))
+    return storage
 
 
 def _reduce(function: object, args: object) -> object:
@@ -294,8 +348,8 @@ def _reduce(function: object, args: object) -> object:
         case _Global(name), (np.ndarray() as tensor, bool(), dict(hooks)) if name == _PARAMETER and not hooks:
             return tensor
         case _Global(name), (
-            _Storage(values), int(offset), tuple(shape), tuple(strides), bool(), dict(hooks)
-        ) if name == _TENSOR and not hooks:  # fmt: skip
+            _Storage(values), offset, tuple(shape), tuple(strides), bool(), dict(hooks)
+        ) if name == _TENSOR and type(offset) is int and not hooks:  # fmt: skip
             return _tensor(values, offset, shape, strides)
     called = function.name.replace(" ", ".") if isinstance(function, _Global) else _kind(function)
     came = ", ".join(_kind(arg) for arg in args[:8]) if isinstance(args, tuple) else _kind(args)
@@ -307,6 +361,8 @@ def _tensor(values: np.ndarray, offset: int, shape: tuple[object, ...], strides:
     steps = [n for n in strides if type(n) is int and n >= 0]
     if not len(sizes) == len(shape) == len(strides) == len(steps) <= _MAX_DIMENSIONS or offset < 0:
         raise ValueError(f"a tensor has as many strides as sizes, at most {_MAX_DIMENSIONS}, and nothing is negative")
+    if max(offset, *steps, math.prod(max(size, 1) for size in sizes) * values.itemsize) >= 2**63:
+        raise ValueError("a tensor's numbers fit into 63 bits; this one's do not")
     if math.prod(sizes) == 0:
         return np.ndarray(sizes, values.dtype)
     end = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True)) + 1

@@ -1,12 +1,14 @@
 """Tests of m3jax/pickles.py: torch is the reference where it is installed, hand-made archives are the hostile files.
 
-Not here: what the names in a state dict mean (tests/test_weights.py).
+Not here: what the names in a state dict mean (tests/test_weights.py), random files (tests/test_pickles_fuzz.py).
 """
 
+import io
 import os
 import pickle
-import random
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 from collections import OrderedDict
@@ -53,6 +55,16 @@ def archive(path: Path, code: bytes, **change: bytes) -> Path:
 
 def tensor_code(offset: bytes = b"K\0", shape: bytes = b"K\x04\x85", strides: bytes = b"K\x01\x85") -> bytes:
     return b"\x80\x02}X\x01\0\0\0w" + TENSOR + offset + shape + strides + TAIL + b"s."
+
+
+def assert_inside_map(array: np.ndarray) -> None:
+    owner = array.base
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    assert isinstance(owner, memoryview)
+    whole = np.frombuffer(owner.obj, np.uint8)
+    low, high = np.lib.array_utils.byte_bounds(array)
+    assert whole.ctypes.data <= low <= high <= whole.ctypes.data + whole.size
 
 
 def refused(path: Path, *words: str) -> None:
@@ -134,6 +146,83 @@ def test_reads_modules_with_metadata_parameters_and_tied_weights(tmp_path: Path)
         assert np.shares_memory(loaded["0.weight"], loaded["2.weight"])
 
 
+def released() -> dict:
+    """State dicts as BAAI/bge-m3 has them: the encoder's of an nn.Module, with metadata; heads in halves."""
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    encoder = torch.nn.ModuleDict(
+        {"embeddings": torch.nn.Embedding(9, 4, padding_idx=1), "norm": torch.nn.LayerNorm(4)}
+    )
+    encoder.register_buffer("position_ids", torch.arange(6).expand(1, -1).clone())
+    return {
+        "pytorch_model.bin": encoder.state_dict(),
+        "halves.bin": encoder.half().state_dict(),
+        "colbert_linear.pt": torch.nn.Linear(4, 4).half().state_dict(),
+        "sparse_linear.pt": torch.nn.Linear(4, 1).half().state_dict(),
+    }
+
+
+@pytest.mark.parametrize("writer", ["to a path", "to a stream", "from a GPU", "as torch 1.13"])
+def test_reads_files_like_the_released_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    if writer == "from a GPU":
+        monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+    for file, state in released().items():
+        assert type(state) is OrderedDict and state._metadata
+        path = tmp_path / file
+        if writer == "to a stream":
+            with path.open("wb") as stream:
+                torch.save(state, stream)
+        else:
+            torch.save(state, path)
+        with zipfile.ZipFile(path) as source:
+            names = source.namelist()
+            assert names[0] == f"{'archive' if writer == 'to a stream' else path.stem}/data.pkl"
+            assert (b"cuda:0" in source.read(names[0])) == (writer == "from a GPU")
+            if writer == "as torch 1.13":  # it wrote only these
+                kept = [name for name in names if name.split("/")[1] in ("data.pkl", "data", "version")]
+                contents = [source.read(name) for name in kept]
+        if writer == "as torch 1.13":
+            with zipfile.ZipFile(path, "w") as target:
+                for name, content in zip(kept, contents, strict=True):
+                    target.writestr(name, content)
+        loaded = pickles.read(path)
+        assert list(loaded) == list(state)
+        for name, tensor in state.items():
+            assert (str(tensor.dtype), tuple(tensor.shape)) == (f"torch.{loaded[name].dtype}", loaded[name].shape)
+            assert loaded[name].tobytes() == torch_bits(tensor), name
+
+
+class SparseFile(io.FileIO):
+    """Leaves holes instead of long zeros, so that a file of 4 GB takes a moment and no disk."""
+
+    def write(self, content) -> int:
+        view = memoryview(content).cast("B")
+        if len(view) > 2**20 and not any(view[:64]):
+            self.seek(len(view), os.SEEK_CUR)
+            return len(view)
+        return super().write(view)
+
+
+@pytest.mark.parametrize("writer", ["torch", "ours"])
+def test_files_beyond_4_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    arrays = {"before": np.ones(3, np.float32), "large": np.zeros(2**32 + 64, np.uint8), "after": np.arange(5)}
+    path = tmp_path / "x.pt"
+    if writer == "torch":
+        with SparseFile(path, "w") as file:
+            torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, file)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", lambda path, mode: SparseFile(path, mode.replace("b", "")))
+            pickles.write(path, arrays)
+    assert path.stat().st_size > 2**32
+    loaded = pickles.read(path)
+    reference = torch.load(path, weights_only=True, mmap=True)
+    for name in "before", "after":
+        assert same_bits(loaded[name], arrays[name]) and torch_bits(reference[name]) == arrays[name].tobytes()
+    assert loaded["large"].shape == tuple(reference["large"].shape) == (2**32 + 64,) and not loaded["large"][-9:].any()
+
+
 @pytest.mark.parametrize(
     "case", ["old format", "whole module", "nested", "number", "sparse", "uint16", "list", "expanded", "tensor"]
 )
@@ -190,6 +279,29 @@ def test_writing_is_deterministic_and_replaces_the_file_that_it_was_read_from(tm
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_bytes_depend_on_nothing_but_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = np.arange(12.0).reshape(3, 4)
+    tensors = {"a": tied, "tied": tied, "t": tied.T, "e": tied[:0], "e again": tied[:0], "half": np.ones(2, np.float16)}
+    pickles.write(tmp_path / "x.pt", tensors)
+    expected = (tmp_path / "x.pt").read_bytes()
+    with monkeypatch.context() as patch:  # other addresses, another time, another name
+        patch.setattr(time, "time", lambda: 2e9)
+        patch.setattr(time, "localtime", lambda *_: time.gmtime(2e9))
+        copies = {name: array.copy("K") for name, array in tensors.items()}
+        pickles.write(tmp_path / "other.bin", copies | {"tied": copies["a"]})
+    assert (tmp_path / "other.bin").read_bytes() == expected
+    pickles.write(tmp_path / "x.pt", pickles.read(tmp_path / "x.pt"))
+    assert (tmp_path / "x.pt").read_bytes() == expected
+    code = (
+        "import sys, numpy as np; from m3jax import pickles; tied = np.arange(12.0).reshape(3, 4)\n"
+        "pickles.write(sys.argv[1], {'a': tied, 'tied': tied, 't': tied.T.copy(), 'e': np.ones((0, 4)),"
+        " 'e again': np.ones((0, 4)), 'half': np.ones(2, np.float16)})"
+    )
+    env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "process.pt")], check=True, env=env)
+    assert (tmp_path / "process.pt").read_bytes() == expected
+
+
 def test_nothing_half_written_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.pt"
     pickles.write(path, {"w": sample("float32", (2,))})
@@ -200,7 +312,10 @@ def test_nothing_half_written_stands_there(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("tensors", [{"w": [1.0]}, {1: np.ones(1)}, {"w": np.ones(1, ">f4")}, {"w": np.ones(1, "c8")}])
+@pytest.mark.parametrize(
+    "tensors",
+    [{"w": [1.0]}, {1: np.ones(1)}, {np.str_("w"): np.ones(1)}, {"w": np.ones(1, ">f4")}, {"w": np.ones(1, "c8")}],
+)
 def test_what_cannot_be_written_is_refused(tmp_path: Path, tensors: dict) -> None:
     with pytest.raises(ValueError, match="convert it"):
         pickles.write(tmp_path / "x.pt", tensors)
@@ -289,6 +404,8 @@ def test_nested_execution_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtur
         ),
         (b"\x80\x02X\x02\0\0\0osX\x02\0\0\0ls\x85R.", "str(str)"),
         (b"\x80\x02NQ.", "a storage is"),
+        (b"\x80\x02(" + TENSOR + b"K\0K\x04\x85K\x01\x85" + TAIL + b"NNNNtQ.", "a storage is"),  # array == "storage"
+        (b"\x80\x02" + PERSISTENT_ID.replace(b"K\x04", b"\x88") + b".", "a storage is"),
         (b"\x80\x02(X\x07\0\0\0storageccollections\nOrderedDict\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ.", "a storage is"),
         (b"\x80\x02}X\x01\0\0\0w" + PERSISTENT_ID + b"s.", "'w' is a storage"),
         (b"\x80\x02cos\nsystem\n\x81.", "os.system"),
@@ -296,7 +413,8 @@ def test_nested_execution_is_refused(tmp_path: Path, capfd: pytest.CaptureFixtur
         (b"\x80\x02\x96\xff\xff\xff\xff\xff\xff\xff\x7f.", "no opcode"),  # BYTEARRAY8 of 2**63 bytes
         (b"\x80\x02\x8a\xff\xff.", "lacks code"),
         (b"\x80\x02\x8b\0\x10\0\0" + b"\x7f" * 4096 + b".", "no opcode"),  # an integer of 10,000 digits
-        (b"\x80\x02cx\xff\ny\n.", "0xff"),
+        (b"\x80\x02cx\xff\ny\n.", "lacks UTF-8"),
+        (b"\x80\x02}X\x01\0\0\0\xffNs.", "lacks UTF-8"),
         (b"}" * 2**22 + b".", "4194304"),
     ],
 )
@@ -311,7 +429,7 @@ def test_hostile_pickles_are_refused(tmp_path: Path, code: bytes, word: str) -> 
         (b"K\0", b"K\x05\x85", b"K\x01\x85", "within its storage"),
         (b"K\0", b"K\x04\x85", b"K\x02\x85", "within its storage"),
         (b"K\0", b"K\x05\x85", b"K\0\x85", "no larger"),
-        (b"K\0", b"\x8a\x09" + b"\0" * 8 + b"\x01\x85", b"K\0\x85", "no larger"),
+        (b"K\0", b"\x8a\x09" + b"\0" * 8 + b"\x01\x85", b"K\0\x85", "63 bits"),
         (b"J\xff\xff\xff\xff", b"K\x02\x85", b"K\x01\x85", "negative"),
         (b"K\x03", b"K\x02\x85", b"J\xff\xff\xff\xff\x85", "negative"),
         (b"K\0", b"J\xfe\xff\xff\xffJ\xff\xff\xff\xff\x86", b"K\x01K\x01\x86", "negative"),
@@ -320,10 +438,13 @@ def test_hostile_pickles_are_refused(tmp_path: Path, code: bytes, word: str) -> 
         (b"K\0", b"X\x01\0\0\0a\x85", b"K\x01\x85", "as many strides"),
         (b"K\0", b"(" + b"K\x01" * 65 + b"t", b"(" + b"K\x01" * 65 + b"t", "at most 64"),
         (b"N", b"K\x04\x85", b"K\x01\x85", "_rebuild_tensor_v2(storage, nonetype"),
+        (b"\x88", b"K\x02\x85", b"K\x01\x85", "_rebuild_tensor_v2(storage, bool"),
         (b"K\0", b"K\x04", b"K\x01\x85", "_rebuild_tensor_v2(storage, int, int"),
-        (b"K\0", b"K\0\x8a\x08" + b"\xff" * 7 + b"\x7f\x86", b"K\0K\0\x86", None),
-        (b"\x8a\x09" + b"\0" * 8 + b"\x01", b"K\0\x85", b"K\x01\x85", None),
-        (b"K\x03", b"K\x01K\x01\x86", b"\x8a\x09" + b"\0" * 8 + b"\x01K\x07\x86", None),
+        (b"K\0", b"K\0\x8a\x08" + b"\xff" * 7 + b"\x7f\x86", b"K\0K\0\x86", "63 bits"),
+        (b"\x8a\x09" + b"\0" * 8 + b"\x01", b"K\0\x85", b"K\x01\x85", "63 bits"),
+        (b"K\x03", b"K\x01K\x01\x86", b"\x8a\x09" + b"\0" * 8 + b"\x01K\x07\x86", "63 bits"),
+        (b"\x8a\x07" + b"\x7f" * 7, b"K\0\x85", b"\x8a\x07" + b"\x7f" * 7 + b"\x85", None),
+        (b"K\x03", b"K\x01K\x01\x86", b"\x8a\x07" + b"\x7f" * 7 + b"K\x07\x86", None),
     ],
 )
 def test_a_tensor_lies_within_its_storage(
@@ -333,10 +454,7 @@ def test_a_tensor_lies_within_its_storage(
     if word is not None:
         refused(path, word)
         return
-    try:  # nothing of it, or one number, is taken from the storage: legal, unless numpy has no such shape
-        assert pickles.read(path)["w"].size <= 1
-    except ValueError as error:
-        assert "array is too big" in str(error)
+    assert pickles.read(path)["w"].size <= 1  # nothing of it, or one number, is taken from the storage
 
 
 @pytest.mark.parametrize(
@@ -353,6 +471,11 @@ def test_a_tensor_lies_within_its_storage(
         ({"a/..\\x": b""}, "absolute"),
         ({"plain": b""}, "folder/name"),
         ({"b/other": b""}, "one top folder"),
+        ({"A/other": b""}, "one top folder"),
+        ({"a/DATA/0": bytes(16)}, "unique names"),  # torch finds entries without regard to case, and the first of two
+        ({"a/ByteOrder": b"big"}, "unique names"),
+        ({"a/ü": b""}, "ASCII"),
+        ({"a/version": b"4\n"}, "has version 3"),
     ],
 )
 def test_lies_of_the_archive_are_refused(tmp_path: Path, change: dict[str, bytes], word: str) -> None:
@@ -367,6 +490,57 @@ def test_missing_entries_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "y.pt", "w") as target:
         target.writestr("a/other", b"")
     refused(tmp_path / "y.pt", "data.pkl")
+
+
+def test_an_entry_of_another_case_counts_as_torch_counts_it(tmp_path: Path) -> None:
+    entries = {"a/data.pkl": tensor_code(), "a/BYTEORDER": b"big", "a/Data/0": bytes(16), "a/version": b"3\n"}
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as target:
+        for name, content in entries.items():
+            target.writestr(name, content)
+    refused(tmp_path / "x.pt", "little-endian")
+
+
+def test_a_storage_has_one_type(tmp_path: Path) -> None:
+    """torch would give the second tensor the first one's type, whatever the pickle says."""
+    first, second = tensor_code()[:-1], tensor_code().replace(b"torch\nFloat", b"torch\nInt")[3:]
+    refused(archive(tmp_path / "x.pt", first + second.replace(b"}X\x01\0\0\0w", b"X\x01\0\0\0v")), "one type", "int32")
+
+
+@pytest.mark.parametrize("case", ["behind", "before", "comment", "two directories"])
+def test_an_archive_that_readers_could_see_as_two_is_refused(tmp_path: Path, case: str) -> None:
+    one = archive(tmp_path / "one.pt", tensor_code()).read_bytes()
+    two = archive(tmp_path / "two.pt", tensor_code(), **{"a/data/0": b"\1" * 16}).read_bytes()
+    start = two.index(b"PK\1\2")
+    content = {
+        "behind": one + two,  # zipfile finds the second by its size, torch the first by its offset
+        "before": b"PK" + two,
+        "comment": one[:-2] + struct.pack("<H", len(two)) + two,
+        "two directories": two[:-22] + two[start:],
+    }[case]
+    (tmp_path / "x.pt").write_bytes(content)
+    refused(tmp_path / "x.pt", "whole")
+
+
+@pytest.mark.parametrize(
+    ("at", "form", "value"),
+    [(0, "<4s", b"PK\6\5"), (4, "<Q", 45), (16, "<I", 1), (20, "<I", 1), (24, "<Q", 3), (32, "<Q", 3), (40, "<Q", 1),
+     (48, "<Q", 1), (60, "<I", 1), (64, "<Q", 1), (72, "<I", 2), (76, "<4s", b"PK\5\5"), (80, "<H", 1), (82, "<H", 1),
+     (84, "<H", 3), (86, "<H", 5), (88, "<I", 1), (92, "<I", 1), (96, "<H", 1), (None, "", None)]
+)  # fmt: skip
+def test_ends_of_the_archive_that_disagree_are_refused(tmp_path: Path, at: int | None, form: str, value) -> None:
+    path = archive(tmp_path / "x.pt", tensor_code())
+    content = path.read_bytes()
+    count, size, start = struct.unpack_from("<HII", content, len(content) - 12)
+    end64 = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+    ends = bytearray(end64 + struct.pack("<4sIQI", b"PK\6\7", 0, start + size, 1) + content[-22:])
+    if at is None:  # what does not fit into the last record is all ones there
+        struct.pack_into("<HHII", ends, 84, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1)
+        path.write_bytes(content[:-22] + ends)
+        assert pickles.read(path)["w"].tolist() == [0, 0, 0, 0]
+    else:
+        struct.pack_into(form, ends, at, value)
+        path.write_bytes(content[:-22] + ends)
+        refused(path, "whole")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -384,18 +558,21 @@ def test_duplicate_and_compressed_entries_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("central", "local", "form", "value", "word"),
     [
-        (8, 6, "<H", 1, "not encrypted"),
-        (10, None, "<H", 8, "not compressed"),
-        (None, 8, "<H", 8, "not compressed"),
-        (20, None, "<I", 15, "not compressed"),
-        (24, None, "<I", 999, "not compressed"),
+        (8, 6, "<H", 1, "flags 0x1"),
+        (10, None, "<H", 8, "method 8"),
+        (None, 6, "<H", 1, "agree"),
+        (None, 8, "<H", 8, "agree"),
+        (20, None, "<I", 15, "size 15 of 16"),
+        (24, None, "<I", 999, "size 16 of 999"),
+        (38, None, "<I", 16, "attributes 0x10"),  # a folder: torch hands out memory that it never filled
+        (34, None, "<H", 1, "damaged before byte"),
         (42, None, "<I", 1, "follow each other"),
         (42, None, "<I", 2**31, "follow each other"),
         (None, 0, "<4s", b"PK\1\2", "differ"),
         (None, 30, "<1s", b"b", "differ"),
         (None, 28, "<H", 2**16 - 1, "central directory"),
         ((20, 24), None, "<I", 9999, "central directory"),
-        ((20, 24), None, "<I", 2**32 - 1, "central directory"),  # zip64 sizes are announced and missing
+        ((20, 24), None, "<I", 2**32 - 1, "cut off or damaged"),  # zip64 sizes are announced and missing
     ],
 )
 def test_headers_that_lie_are_refused(tmp_path: Path, central, local, form: str, value, word: str) -> None:
@@ -441,77 +618,3 @@ def test_a_boolean_is_no_other_byte(tmp_path: Path) -> None:
     pickles.write(path, {"w": np.array([True] * 100)})
     path.write_bytes(path.read_bytes().replace(b"\1" * 100, b"\1" * 99 + b"\2"))
     refused(path, "0 or 1")
-
-
-# --- mutations -------------------------------------------------------------------------------------------------------
-
-
-def assert_inside_map(array: np.ndarray) -> None:
-    owner = array.base
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    assert isinstance(owner, memoryview)
-    whole = np.frombuffer(owner.obj, np.uint8)
-    low, high = np.lib.array_utils.byte_bounds(array)
-    assert whole.ctypes.data <= low <= high <= whole.ctypes.data + whole.size
-
-
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """One to four changes of bytes, mostly in the pickle, in the headers and at the ends of things."""
-    changed = bytearray(content)
-    pickle_at = content.index(b"\x80\x02")
-    pickle_end = content.index(b"PK", pickle_at)
-    directory = content.rindex(b"PK\1\2", 0, content.rindex(b"PK\5\6"))
-    for _ in range(rng.randint(1, 4)):
-        spans = [(pickle_at, pickle_end), (content.index(b"PK\1\2"), len(content)), (0, len(content)), (0, 64)]
-        low, high = rng.choice([*spans, spans[0], (directory, len(content))])
-        at = min(rng.randrange(low, high), len(changed) - 1)
-        match rng.randrange(7):
-            case 0:
-                changed[at] ^= 1 << rng.randrange(8)
-            case 1:
-                changed[at] = rng.choice(
-                    b"\0\x01\x7f\x80\xff.()}]tRQqhrjbsue\x81\x85\x86\x87\x88\x89\x8a\x8cKJMXNcPIVGi2"
-                )
-            case 2:
-                changed[at : at + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\1\0\0\0"])
-            case 3:
-                source = rng.randrange(low, high)
-                size = rng.randint(1, 24)
-                changed[at : at + size] = content[source : source + size]
-            case 4:  # sizes stay as they are, as for a pickle whose length the archive knows
-                size = rng.randint(1, 8)
-                changed[at : at + size] = rng.randbytes(size)
-            case 5:
-                del changed[at : at + rng.randint(1, 3)]
-            case 6:
-                changed[at:at] = rng.randbytes(rng.randint(1, 3))
-    return bytes(changed)
-
-
-@pytest.mark.filterwarnings("error")
-def test_mutated_files_are_refused_or_stay_inside_the_file(tmp_path: Path) -> None:
-    """M3JAX_FUZZ_SECONDS runs it longer, with new mutations each time; the failing file's seed is in the assertion."""
-    seconds = float(os.environ.get("M3JAX_FUZZ_SECONDS", "0"))
-    tied, path = sample("float32", (3, 4)), tmp_path / "x.pt"
-    pickles.write(path, {"a": tied, "b": sample("bfloat16", (2,)), "tied": tied, "c": sample("bool", ())})
-    seeds = [path.read_bytes()]
-    seeds.append(archive(path, tensor_code(shape=b"K\x02K\x02\x86", strides=b"K\x01K\x02\x86")).read_bytes())
-    first = int(time.time()) * 10**6 if seconds else 0
-    refusals, seed, end = 0, first, time.monotonic() + seconds
-    while seed < first + 600 or time.monotonic() < end:
-        rng = random.Random(seed)
-        path.write_bytes(mutated(rng.choice(seeds), rng))
-        try:
-            loaded = pickles.read(path)
-        except ValueError:
-            refusals += 1
-        except BaseException as error:
-            raise AssertionError(f"seed {seed} raises {error!r}") from error
-        else:
-            for array in loaded.values():
-                assert isinstance(array, np.ndarray), seed
-                if array.size:
-                    assert_inside_map(array)
-        seed += 1
-    assert 0 < refusals < seed - first
