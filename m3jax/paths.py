@@ -7,10 +7,13 @@ the contents of a URL pass through a temporary folder.
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 
 def is_url(path: str | Path) -> bool:
@@ -68,24 +71,29 @@ def reading(source: str | Path, needed: Callable[[Sequence[str]], Sequence[str]]
 
 
 @contextmanager
-def writing(destination: str | Path, *, last: str) -> Iterator[Path]:
+def writing(destination: str | Path, *, last: str, size: int, progress: bool = False) -> Iterator[Path]:
     """An empty local folder to fill, which takes the place of `destination` when the block ends; an error leaves what was.
 
     On a disk it is renamed into place. A store has no such rename: there the file `last`, without which nobody takes the
-    folder for finished, goes first of the old ones and comes last of the new ones.
+    folder for finished, goes first of the old ones and comes last of the new ones. size: bytes to come; ValueError where the
+    disk has fewer free. progress shows a bar on stderr.
     """
     if is_url(destination):
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-            _upload(Path(folder), destination, last)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            _check_room(folder, size)
+            with _bar(folder, size, "write", progress):
+                yield folder
+            _upload(folder, destination, last, progress)
         return
-    # Not Path.absolute, which keeps `..`; a link is replaced where it points to.
-    directory = Path(os.path.realpath(destination))
+    directory = Path(os.path.realpath(destination))  # a link is replaced where it points to
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        _check_room(partial, size)
+        with _bar(partial, size, "write", progress):
+            yield partial
         # The old one keeps its name until the new one is complete, and is never half removed under it.
         older = directory.with_name(directory.name + ".older")
         shutil.rmtree(older, ignore_errors=True)
@@ -97,15 +105,50 @@ def writing(destination: str | Path, *, last: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _upload(folder: Path, url: str | Path, last: str) -> None:
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ValueError(f"{folder.parent}: {size:,} bytes are to be written, but {free:,} are free; make room")
+
+
+@contextmanager
+def _bar(folder: Path, size: int, what: str, shown: bool) -> Iterator[None]:
+    """A bar that follows the bytes in a folder: Orbax does not say how far it is."""
+    done = threading.Event()
+
+    def follow(bar: tqdm) -> None:
+        while not done.wait(0.2):
+            there = 0
+            for name in files(folder):
+                with suppress(OSError):  # renamed meanwhile
+                    there += (folder / name).stat().st_size
+            bar.update(min(there, size) - bar.n)
+
+    with tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=not shown) as bar:
+        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
+        if shown:
+            thread.start()
+        try:
+            yield
+            bar.update(size - bar.n)
+        finally:
+            done.set()
+            if shown:
+                thread.join()
+
+
+def _upload(folder: Path, url: str | Path, last: str, progress: bool) -> None:
     store, root = _store(url)
     old, new = files(url), files(folder)
     for name in sorted(old, key=lambda name: name != last):
         if name == last or name not in new:
             store.rm_file(f"{root}/{name}")
-    for name in sorted(new, key=lambda name: name == last):
-        store.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-        store.put_file(str(folder / name), f"{root}/{name}")
+    size = sum((folder / name).stat().st_size for name in new)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="upload", disable=not progress) as bar:
+        for name in sorted(new, key=lambda name: name == last):
+            store.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+            store.put_file(str(folder / name), f"{root}/{name}")
+            bar.update((folder / name).stat().st_size)
 
 
 def _store(url: str | Path) -> tuple[Any, str]:

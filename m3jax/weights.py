@@ -125,6 +125,7 @@ def write(
     format: Literal["safetensors", "pickle"] = "safetensors",
     replace: bool = True,
     card: str | None = None,
+    progress: bool = False,
 ) -> None:
     """Write a released directory that `read`, transformers, FlagEmbedding and sentence-transformers read.
 
@@ -132,6 +133,7 @@ def write(
     files, where FlagEmbedding and vLLM look. Parameters keep their dtype. card: the text of README.md; None says what the model
     itself tells. The directory (or URL) appears under its name when it is complete. ValueError where it exists, unless
     `replace` and it holds nothing but what a save wrote: a README.md that a person wrote, or changed since, is not that.
+    progress shows a bar on stderr.
     """
     if format not in ("safetensors", "pickle"):
         raise ValueError(f"format must be 'safetensors' or 'pickle', got {format!r}")
@@ -147,7 +149,8 @@ def write(
     # Views: of two transposed matrices one is copied at a time, while it is written.
     arrays = {path: np.asarray(x) for path, x in flatten(m3.params).items()}
     tensors = {torch_name(path): x.T if path.endswith("/kernel") else x for path, x in arrays.items()}
-    with paths.writing(directory, last="config.json") as folder:
+    size = sum(x.nbytes for x in arrays.values())
+    with paths.writing(directory, last="config.json", size=size, progress=progress) as folder:
         for head, file in HEAD_FILES.items():
             pickles.write(folder / file, {k: tensors.pop(f"{head}.{k}") for k in ("weight", "bias")})
         if format == "pickle":

@@ -1,0 +1,39 @@
+"""Write a model as an Orbax checkpoint, which training starts from and restores onto any mesh, every tensor's dtype and bits
+kept.
+
+Not here: what the formats are (m3jax/weights.py, m3jax/checkpoint.py).
+"""
+
+import argparse
+
+from convert.positions import extend_positions
+from m3jax import M3, checkpoint, sources
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SRC, DST and what may change on the way."""
+    parser.add_argument(
+        "src", help="a released directory (also of sentence-transformers or FlagEmbedding), or a hub name"
+    )
+    parser.add_argument("dst", help="the checkpoint to write")
+    parser.add_argument("--revision", help="of a hub name: a branch, tag or commit; without it, main")
+    parser.add_argument(
+        "--heads",
+        choices=("require", "init"),
+        default="require",
+        help="init: random heads where SRC has none, to train",
+    )
+    parser.add_argument(
+        "--extend-positions", type=int, metavar="ROWS", help="rows of the position table, 8194 for 8192 tokens"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DST where it is a checkpoint of m3jax")
+
+
+def run(given: argparse.Namespace) -> M3:
+    """Convert; the model that was written."""
+    config, params, tokenizer = sources.read(given.src, revision=given.revision, heads=given.heads)
+    if given.extend_positions is not None:
+        config, params = extend_positions(config, params, given.extend_positions)
+    m3 = M3(config, params, tokenizer)
+    checkpoint.write(m3, given.dst, replace=given.overwrite, progress=True)
+    return m3
