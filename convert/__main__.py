@@ -5,6 +5,7 @@ Not here: what the two formats are (m3jax/weights.py, m3jax/checkpoint.py).
 
 import argparse
 
+from convert import inspection, merge, verify
 from m3jax import M3, checkpoint, hub, weights
 
 
@@ -23,8 +24,14 @@ def main(arguments: list[str] | None = None) -> None:
         one.add_argument("dst", help="the directory to write; it must be new")
         if direction == "from-pytorch":
             one.add_argument("--revision", help="of a hub name: a branch, tag or commit; without it, main")
+    for name, program in (("inspect", inspection), ("verify", verify), ("merge", merge)):
+        one = directions.add_parser(name, description=program.__doc__)
+        program.add_arguments(one)
+        one.set_defaults(run=program.run)
     given = parser.parse_args(arguments)
     try:
+        if "run" in given:
+            return given.run(given)
         if given.direction == "from-pytorch":
             m3 = M3(*weights.read(hub.fetch(given.src, revision=given.revision)))
             checkpoint.write(m3, given.dst)
