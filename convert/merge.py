@@ -112,17 +112,18 @@ def merge(models: Sequence[Survey], shares: Sequence[float]) -> M3:
         used = [(share, model.tensors[name].open()) for share, model in zip(shares, models, strict=True) if share]
         rows = max(1, _BLOCK_ELEMENTS * len(out) // max(1, out.size))
         for start in range(0, len(out), rows):
-            blocks = [(share, source[start : start + rows]) for share, source in used]
-            if len(blocks) > 1:
-                mixed = sum(share * np.asarray(block, np.float64) for share, block in blocks)
-                out[start : start + rows] = mixed
-            else:
-                out[start : start + rows] = blocks[0][1]
-        if len(used) > 1 and not np.isfinite(out).all():
-            raise ValueError(
-                f"{name}: the mixture must be finite in {one.dtype}, the first model's dtype, but is not; look at the "
-                "models, or put one of a wider dtype first"
-            )
+            end = min(start + rows, len(out))  # safetensors takes no end past the last row
+            blocks = [(share, source[start:end]) for share, source in used]
+            if len(blocks) == 1:
+                out[start:end] = blocks[0][1]
+                continue
+            with np.errstate(over="ignore"):  # an error of its own below
+                out[start:end] = sum(share * np.asarray(block, np.float64) for share, block in blocks)
+            if not np.isfinite(out[start:end]).all():
+                raise ValueError(
+                    f"{name}: the mixture must be finite in {one.dtype}, the first model's dtype, but is not; look at the "
+                    "models, or put one of a wider dtype first"
+                )
         params[path] = out.T if path.endswith("/kernel") else out
     return M3(first.config, unflatten(params), first.tokenizer)
 

@@ -103,20 +103,18 @@ def test_the_dtype_is_the_first_models(tiny_tokenizer, models, folder):
     half = model(tiny_tokenizer, 5, ml_dtypes.bfloat16)
     weights.write(half, "half")
     main(["merge", "half", "a", "--weights", "0.5,0.5", "out"])
-    b = flatten(models[0].params)
+    b, written = flatten(models[0].params), flatten(weights.read("out")[1])
     for path, x in flatten(half.params).items():
         expected = (0.5 * x.astype(np.float64) + 0.5 * np.float64(b[path])).astype(ml_dtypes.bfloat16)
-        got = flatten(weights.read("out")[1])[path]
-        assert got.dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(got, expected)
+        assert written[path].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(written[path], expected)
 
 
 def test_what_a_dtype_cannot_hold(tiny_tokenizer, models, folder):
     small = model(tiny_tokenizer, 5, np.float16)
     weights.write(small, "small")
     weights.write(M3(small.config, jax.tree.map(lambda x: x * 1e6, models[0].params), tiny_tokenizer), "large")
-    with pytest.warns(RuntimeWarning, match="overflow"):
-        assert "the mixture must be finite in float16" in failed("small", "large", "--weights", "0.5,0.5", "out")
+    assert "the mixture must be finite in float16" in failed("small", "large", "--weights", "0.5,0.5", "out")
     assert not Path("out").exists()
 
 
@@ -171,7 +169,7 @@ def test_all_differences_are_listed(tiny_tokenizer, tiny_tokenizer_json, folder)
         "headless: 1 in the way of loading it", "headless: lacks sparse_linear.weight",
     ):  # fmt: skip
         assert part in message, part
-    assert "a: lacks pooler.dense.weight" in failed("poolerless", "a", "--weights", "0.5,0.5", "out")
+    assert "poolerless: lacks pooler.dense.weight" in failed("poolerless", "a", "--weights", "0.5,0.5", "out")
     assert files(folder) == before
 
 
