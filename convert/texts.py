@@ -49,6 +49,7 @@ def default_texts(max_length: int) -> list[str]:
     words = " ".join(SENTENCES).split()
     long = []
     for place, length in enumerate([max_length // 8, max_length // 2, max_length] * 2):
-        turned = words[31 * place :] + words[: 31 * place]
+        start = 31 * place + 5  # within a sentence
+        turned = words[start:] + words[:start]
         long.append(" ".join((turned * (length // len(turned) + 1))[:length]))
     return [*SENTENCES, *ODD, *long]
