@@ -55,7 +55,8 @@ def survey(source: str | Path) -> Survey:
     found.unused = [k for k in tensors if _UNUSED.search(k) or (prefixed and k.startswith("lm_head."))]
     found.tensors = {name: tensor for name, tensor in tensors.items() if name not in found.unused}
     found.kind = _kind(found, prefixed)
-    if found.config is not None:
+    if found.config is not None and not checkpoint.is_checkpoint(path):
+        # What a released config.json does not say; a checkpoint of ours does.
         colbert = found.tensors.get("colbert_linear.weight")
         width = colbert.shape[0] if colbert and len(colbert.shape) == 2 else found.config.colbert_dim
         has_pooler = "pooler.dense.weight" in found.tensors
@@ -73,14 +74,12 @@ def survey(source: str | Path) -> Survey:
 
 def sizes_of(tensors: Mapping[str, Stored]) -> M3Config | None:
     """The sizes that the tensors' shapes tell (all but the number of attention heads, which stands as 1), where they do."""
-    names = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
-    tables = [tensors.get(f"embeddings.{name}.weight") for name in names]
+    words, positions, types = (
+        tensors.get(f"embeddings.{x}_embeddings.weight") for x in ("word", "position", "token_type")
+    )
     up = tensors.get("encoder.layer.0.intermediate.dense.weight")
     colbert = tensors.get("colbert_linear.weight")
-    (words, positions, types), layers = (
-        tables,
-        {m[1] for k in tensors if (m := re.match(r"encoder\.layer\.(\d+)\.", k))},
-    )
+    layers = {m[1] for name in tensors if (m := re.match(r"encoder\.layer\.(\d+)\.", name))}
     if not (words and positions and types and up) or any(len(x.shape) != 2 for x in (words, positions, types, up)):
         return None
     return M3Config(

@@ -105,7 +105,7 @@ def parts(directory: str | Path) -> dict[str, tuple[jax.ShapeDtypeStruct, Callab
     describe(directory)
     step = _step(Path(directory).absolute())
     assert step is not None
-    handlers: Any = {PARAMS: ocp.PyTreeCheckpointHandler()}
+    handlers: Any = {PARAMS: ocp.PyTreeCheckpointHandler(), MODEL: ocp.JsonCheckpointHandler()}
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
     place = ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 

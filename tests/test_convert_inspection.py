@@ -85,10 +85,11 @@ def test_an_orbax_checkpoint(m3, tmp_path, capsys):
     assert status == 0 and lines["kind"] == "Orbax checkpoint of m3jax"
     assert lines["heads"] == "sparse_linear [1, 16] in Orbax, colbert_linear [6, 16] in Orbax"
     described = json.loads((tmp_path / "orbax" / "m3" / "metadata").read_text())
-    described["config"] |= {"num_hidden_layers": 1, "intermediate_size": 12}
+    described["config"] |= {"num_hidden_layers": 1, "intermediate_size": 12, "pooler": False}
     (tmp_path / "orbax" / "m3" / "metadata").write_text(json.dumps(described))
     status, _, text = inspected(capsys, tmp_path / "orbax")
     assert status == 1 and "left over: encoder.layer.1.output.dense.bias" in text
+    assert "left over: pooler.dense.bias" in text
     assert "misshapen: encoder.layer.0.intermediate.dense.weight is (24, 16), expected (12, 16)" in text
 
 
