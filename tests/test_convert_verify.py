@@ -188,6 +188,7 @@ def test_default_texts_fill_every_length(tokenizer):
         given = texts.default_texts(length)
         assert len(given) == len(set(given)) == 24 + 7 + 6
         counts = [len(ids) for ids in tokenizer.encode(given)[0]]
+        assert [len(text.split()) for text in given[-6:]] == [length // 8, length // 2, length] * 2
         assert sum(count >= length for count in counts) >= 2 and min(counts) == 2
 
 
@@ -216,9 +217,10 @@ def test_differences_by_a_loop():
         ],
         [max(map(beyond, x, y)) for x, y in zip(a.colbert, b.colbert, strict=True)],
     ]
-    for one, values in zip(verify.compare(a, b), expected, strict=True):
-        assert one.largest == pytest.approx(max(values)) and one.text == int(np.argmax(values))
-        assert one.passes == (one.tolerance is None)
+    for found in (verify.compare(a, b), verify.compare(b, a)):
+        for one, values in zip(found, expected, strict=True):
+            assert one.largest == pytest.approx(max(values)) and one.text == int(np.argmax(values))
+            assert one.passes == (one.tolerance is None)
     assert all(one.passes and one.largest < 1e-7 for one in verify.compare(a, a))
 
 
