@@ -1,39 +1,43 @@
-"""`python -m convert from-pytorch SRC DST` and `to-pytorch SRC DST`: a released directory to an Orbax checkpoint and back.
+"""`python -m convert`: models between PyTorch directories and Orbax checkpoints, and what is in them.
 
-Not here: what the two formats are (m3jax/weights.py, m3jax/checkpoint.py).
+Not here: the programs themselves, one file each.
 """
 
 import argparse
+import sys
+import time
+import warnings
 
-from m3jax import M3, checkpoint, hub, weights
+import jax
+
+from convert import from_pytorch, inspection, merge, to_pytorch, verify
+
+_PROGRAMS = {"from-pytorch": from_pytorch, "to-pytorch": to_pytorch}
+_PROGRAMS |= {"inspect": inspection, "verify": verify, "merge": merge}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Convert, keeping every tensor's dtype and bits, and say what was written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert", description="PyTorch directories to Orbax checkpoints and back."
-    )
-    directions = parser.add_subparsers(dest="direction", required=True)
-    for direction, source in (
-        ("from-pytorch", "a released directory, or a hub name"),
-        ("to-pytorch", "an Orbax checkpoint of m3jax"),
-    ):
-        one = directions.add_parser(direction)
-        one.add_argument("src", help=source)
-        one.add_argument("dst", help="the directory to write; it must be new")
-        if direction == "from-pytorch":
-            one.add_argument("--revision", help="of a hub name: a branch, tag or commit; without it, main")
+    """Run one program; a model that it wrote is told in a closing line, and what is wrong in one that begins with `error:`."""
+    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
+    programs = parser.add_subparsers(dest="program", required=True)
+    for name, program in _PROGRAMS.items():
+        program.add_arguments(programs.add_parser(name, description=program.__doc__))
     given = parser.parse_args(arguments)
+    start = time.perf_counter()
     try:
-        if given.direction == "from-pytorch":
-            m3 = M3(*weights.read(hub.fetch(given.src, revision=given.revision)))
-            checkpoint.write(m3, given.dst)
-        else:
-            m3 = M3(*checkpoint.read(given.src))
-            weights.write(m3, given.dst)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            written = _PROGRAMS[given.program].run(given)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(f"{m3} → {given.dst}")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; nothing was written") from None
+    if written is not None:
+        arrays, seconds = jax.tree.leaves(written.params), time.perf_counter() - start
+        print(
+            f"{given.dst}: {len(arrays)} tensors, {sum(x.size for x in arrays):,} parameters, "
+            f"{sum(x.nbytes for x in arrays):,} bytes, {seconds:.1f} s"
+        )
 
 
 if __name__ == "__main__":
