@@ -108,13 +108,14 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
     Raises ValueError that lists every parameter missing, left over or misshapen.
     """
     import orbax.checkpoint as ocp
+    from etils import epath  # Orbax's paths
 
     config, tokenizer = describe(directory)
     step = _step(Path(directory).absolute())
     assert step is not None
     # Two gigabytes in flight are more than the largest table of any released model, and bound what a restore takes beside it.
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2)
-    stored = flatten(handler.metadata(step / PARAMS).tree)
+    handler, folder = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2), epath.Path(step / PARAMS)
+    stored = flatten(handler.metadata(folder).tree)
     expected = shapes(config)
     check_tree(
         {path: x.shape for path, x in stored.items()},
@@ -134,7 +135,7 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
                 for path, x in flatten(expected).items()
             }
         )
-    params = handler.restore(step / PARAMS, args=ocp.args.PyTreeRestore(restore_args=_string_keys(how)))
+    params = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=_string_keys(how)))
     return config, unflatten(flatten(params)), tokenizer
 
 
