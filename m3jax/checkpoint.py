@@ -71,7 +71,9 @@ def write(m3: M3, directory: str | Path, *, replace: bool = False, progress: boo
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=False,
         save_concurrent_gb=1,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays)),
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
+        ),
     )
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
     items = {

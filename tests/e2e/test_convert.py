@@ -3,12 +3,16 @@
 Not here: what the two formats refuse and list (test_weights.py, test_checkpoint.py).
 """
 
+import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +23,11 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax checkpoints need the train
 
 import m3jax
 from convert.__main__ import main
-from m3jax import pickles
+from m3jax import pickles, safetensor_files, sources
 from m3jax.config import M3Config
 from m3jax.model import init
 
+ROOT = Path(__file__).parents[2]
 HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 
 
@@ -43,8 +48,10 @@ def released(tiny_tokenizer, tmp_path_factory):
 
 def tensors(directory):
     """Every tensor of every file, by file and name, as (dtype, shape, bytes)."""
-    found = {"model.safetensors": safetensors.numpy.load_file(directory / "model.safetensors")}
-    found |= {name: pickles.read(directory / name) for name in HEADS}
+    pickled = [name for name in (*HEADS, "pytorch_model.bin") if (directory / name).exists()]
+    found = {name: pickles.read(directory / name) for name in pickled}
+    if "pytorch_model.bin" not in found:
+        found["model.safetensors"] = safetensors.numpy.load_file(directory / "model.safetensors")
     return {
         (file, name): (str(x.dtype), x.shape, np.ascontiguousarray(x).tobytes())
         for file, named in found.items()
@@ -59,7 +66,7 @@ def files(directory):
 def test_there_and_back(released, tmp_path, capsys):
     main(["from-pytorch", str(released), str(tmp_path / "orbax")])
     main(["to-pytorch", str(tmp_path / "orbax"), str(tmp_path / "model")])
-    assert capsys.readouterr().out.count("M3(2 layers × 16") == 2
+    assert capsys.readouterr().out.count(" tensors, ") == 2
     assert {dtype for dtype, *_ in tensors(released).values()} == {"float32", "bfloat16", "float16"}
     assert tensors(tmp_path / "model") == tensors(released)
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == json.loads(
@@ -88,45 +95,196 @@ def test_both_load_as_the_same_model(released, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def broken(released, folder, name):
-    """A copy of the released directory that lacks one file."""
-    directory = shutil.copytree(released, folder / f"without {name}")
-    (directory / name).unlink()
+def finite(released, folder):
+    """A copy of the released directory without NaN, infinity and numbers that float16 does not have."""
+    directory = shutil.copytree(released, folder / "finite")
+    for file in ("model.safetensors", *HEADS):
+        module = safetensor_files if file == "model.safetensors" else pickles
+        kept = {name: np.nan_to_num(x, posinf=1, neginf=-1) for name, x in module.read(directory / file).items()}
+        (directory / file).unlink()
+        module.write(directory / file, kept)
     return directory
+
+
+@pytest.fixture
+def store(request):
+    """A folder of fsspec's memory file system, which has no rename of folders."""
+    folder = f"memory://{request.node.name}"
+    yield folder
+    fsspec.filesystem("memory").rm(folder, recursive=True)
 
 
 @pytest.mark.parametrize("direction", ["from-pytorch", "to-pytorch"])
 def test_errors_end_in_one_line(released, tmp_path, direction):
-    orbax = tmp_path / "orbax"
-    main(["from-pytorch", str(released), str(orbax)])
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("the only copy")
     (tmp_path / "file").write_text("")
     new = tmp_path / "new"
-    wrong = {
-        "from-pytorch": [
-            (tmp_path / "nowhere", new, "nowhere"),
-            (orbax, new, "config.json"),
-            (released, occupied, "occupied"),
-            (released, orbax, "orbax"),
-            (released, tmp_path / "file" / "new", "file"),
-            *((broken(released, tmp_path, name), new, name) for name in ("sparse_linear.pt", "tokenizer.json")),
-        ],
-        "to-pytorch": [
-            (tmp_path / "nowhere", new, "nowhere"),
-            (released, new, "Orbax checkpoint"),
-            (orbax, occupied, "occupied"),
-            (orbax, tmp_path / "file" / "new", "file"),
-        ],
-    }
     before = files(tmp_path)
-    for source, destination, named in wrong[direction]:
-        with pytest.raises(SystemExit) as end:
-            main([direction, str(source), str(destination)])
-        message = str(end.value)
-        assert message.startswith("error: ") and named in message and "\n" not in message
-        assert files(tmp_path) == before and not new.exists()
+    for source, destination, named in [
+        (tmp_path / "nowhere", new, "nowhere"),
+        (released, occupied, "occupied"),
+        (released, tmp_path / "file" / "new", "file"),
+    ]:
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(SystemExit) as end:
+                main([direction, str(source), str(destination), *more])
+            message = str(end.value)
+            assert message.startswith("error: ") and named in message and "\n" not in message
+            assert files(tmp_path) == before and not new.exists()
+
+
+@pytest.mark.parametrize("name", ["sparse_linear.pt", "tokenizer.json", "config.json", "model.safetensors"])
+def test_a_missing_file_is_named(released, tmp_path, name):
+    directory = shutil.copytree(released, tmp_path / "broken")
+    (directory / name).unlink()
+    with pytest.raises(SystemExit, match=rf"^error: .*{name}|pytorch_model"):
+        main(["from-pytorch", str(directory), str(tmp_path / "new")])
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "colbert_linear.pt"])
+def test_a_truncated_source_is_refused(released, tmp_path, name):
+    directory = shutil.copytree(released, tmp_path / "broken")
+    (directory / name).write_bytes((released / name).read_bytes()[:-200])
+    with pytest.raises(SystemExit, match=rf"^error: .*{name}: .*(download|write)"):
+        main(["from-pytorch", str(directory), str(tmp_path / "new")])
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("direction", ["from-pytorch", "to-pytorch"])
+def test_overwrite_replaces_what_a_conversion_wrote(released, tmp_path, direction):
+    other = tmp_path / "other"
+    main([direction, str(released), str(other)])
+    before = files(other)
+    with pytest.raises(SystemExit, match=r"error: .*other must be new"):
+        main([direction, str(released), str(other)])
+    assert files(other) == before
+    main(["to-pytorch", str(released), str(tmp_path / "bf16"), "--dtype", "bfloat16"])
+    main([direction, str(tmp_path / "bf16"), str(other), "--overwrite"])
+    assert {str(x.dtype) for x in jax.tree.leaves(sources.read(other)[1])} == {"bfloat16"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16", "other"]
+
+
+@pytest.mark.parametrize("direction", ["from-pytorch", "to-pytorch"])
+def test_a_full_disk(released, tmp_path, direction, monkeypatch):
+    class Usage:
+        free = 1000
+
+    new = str(tmp_path / "new")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: Usage)
+        with pytest.raises(SystemExit, match=r"error: .* bytes are to be written, but 1,000 are free; make room"):
+            main([direction, str(released), new])
+    # What the check could not foresee: the disk fills up while files are written.
+    with monkeypatch.context() as patched:
+
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), new)
+
+        patched.setattr(Path, "mkdir" if direction == "from-pytorch" else "write_text", full)
+        with pytest.raises(SystemExit, match=r"error: .*No space left on device"):
+            main([direction, str(released), new])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("direction", ["from-pytorch", "to-pytorch"])
+def test_a_killed_conversion_leaves_nothing_that_looks_finished(released, tmp_path, direction):
+    """The program is stopped for good between the last byte and the new name; the next run takes its place."""
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from convert.__main__ import main
+        Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        main(sys.argv[1:])"""
+    arguments = [direction, str(released), str(tmp_path / "new")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["new.partial"]
+    main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    sources.read(tmp_path / "new")
+
+
+def test_ctrl_c(released, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pickles, "write", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; nothing was written"):
+        main(["to-pytorch", str(released), str(tmp_path / "new")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_round_trip_of_each_dtype_and_format(released, tmp_path, dtype, form, capsys):
+    one, orbax, two = (str(tmp_path / name) for name in ("one", "orbax", "two"))
+    main(["to-pytorch", str(finite(released, tmp_path)), one, "--dtype", dtype, "--format", form])
+    main(["from-pytorch", one, orbax])
+    main(["to-pytorch", orbax, two, "--format", form])
+    encoder = "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
+    assert {path.name for path in Path(one).iterdir() if path.suffix in (".bin", ".safetensors")} == {encoder}
+    assert {dtype_ for dtype_, *_ in tensors(Path(one)).values()} == {dtype}
+    assert tensors(Path(two)) == tensors(Path(one))
+    assert json.loads(Path(two, "config.json").read_text())["dtype"] == dtype
+    assert files(Path(one)) == files(Path(two))  # the same tensors are the same bytes
+    count = sum(x.size for x in jax.tree.leaves(sources.read(one)[1]))
+    size = count * jnp.dtype(dtype).itemsize
+    assert capsys.readouterr().out.count(f" tensors, {count:,} parameters, {size:,} bytes, ") == 3
+
+
+def test_a_number_that_does_not_fit_the_dtype(released, tmp_path):
+    directory = finite(released, tmp_path)
+    kept = safetensor_files.read(directory / "model.safetensors")
+    large = {"pooler.dense.bias": np.full(16, 1e5, np.float32)}
+    (directory / "model.safetensors").unlink()
+    safetensor_files.write(directory / "model.safetensors", {**kept, **large})
+    with pytest.raises(SystemExit, match=r"must fit float16, which ends at 65504.0; .* in pooler\.dense\.bias\. Take"):
+        main(["to-pytorch", str(directory), str(tmp_path / "new"), "--dtype", "float16"])
+    main(["to-pytorch", str(directory), str(tmp_path / "new"), "--dtype", "bfloat16"])
+
+
+def test_a_masked_language_model(released, tmp_path, capsys):
+    """The form of xlm-roberta-base and -large: a prefix, a head of its own, no pooler, no M3 heads, short positions."""
+    directory = finite(released, tmp_path)
+    kept = safetensor_files.read(directory / "model.safetensors")
+    renamed = {f"roberta.{name}": x for name, x in kept.items() if not name.startswith("pooler.")}
+    renamed |= {"lm_head.bias": np.zeros(3, np.float32), "roberta.embeddings.position_ids": np.arange(20)[None]}
+    pickles.write(directory / "pytorch_model.bin", renamed)
+    for name in ("model.safetensors", *HEADS):
+        (directory / name).unlink()
+    orbax = str(tmp_path / "orbax")
+    with pytest.raises(SystemExit, match=r"error: .*sparse_linear\.pt and colbert_linear\.pt"):
+        main(["from-pytorch", str(directory), orbax])
+    capsys.readouterr()
+    main(["from-pytorch", str(directory), orbax, "--heads", "init", "--extend-positions", "70"])
+    said = capsys.readouterr().err
+    assert f"warning: {directory}: the language-model head is dropped, M3 has none: lm_head.bias\n" in said
+    m3 = m3jax.load(orbax)
+    assert m3.config.max_length == 68 and not m3.config.pooler
+    table = np.asarray(m3.params["encoder"]["embeddings"]["position_embeddings"]["embedding"])
+    trained = kept["embeddings.position_embeddings.weight"].astype(np.float32)
+    np.testing.assert_array_equal(table, np.concatenate([trained[:2], *[trained[2:]] * 4])[:70])
+    m3jax.encode(m3, "x " * 30)
+    with pytest.raises(SystemExit, match="expected at least its 20 rows, got 8"):
+        main(["from-pytorch", str(directory), str(tmp_path / "new"), "--heads", "init", "--extend-positions", "8"])
+
+
+def test_through_an_object_store(released, tmp_path, store):
+    main(["from-pytorch", str(released), f"{store}/orbax"])
+    main(["to-pytorch", f"{store}/orbax", f"{store}/model"])
+    main(["to-pytorch", f"{store}/model", str(tmp_path / "model")])
+    assert tensors(tmp_path / "model") == tensors(released)
+    with pytest.raises(SystemExit, match=r"error: memory://.*/model must be new"):
+        main(["to-pytorch", f"{store}/orbax", f"{store}/model"])
+    main(["to-pytorch", f"{store}/orbax", f"{store}/model", "--overwrite"])
+    for whole, last in (("orbax", "m3/metadata"), ("model", "config.json")):
+        fsspec.filesystem("memory").rm_file(f"{store}/{whole}/{last}")
+        with pytest.raises(SystemExit, match="error: "):
+            main(["to-pytorch", f"{store}/{whole}", str(tmp_path / "unfinished")])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_wrong_tensors_are_all_listed_and_nothing_is_written(released, tmp_path):
@@ -144,6 +302,6 @@ def test_wrong_tensors_are_all_listed_and_nothing_is_written(released, tmp_path)
 
 def test_the_program(tmp_path):
     command = [sys.executable, "-m", "convert", "to-pytorch", str(tmp_path / "nowhere"), str(tmp_path / "new")]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
