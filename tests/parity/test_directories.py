@@ -1,0 +1,98 @@
+"""Directories that transformers, sentence-transformers and PyTorch write are read, and what is written they read in silence.
+
+Not here: equal answers (test_encode_parity.py, test_card_parity.py), and files that are broken (test_weights.py).
+"""
+
+import importlib
+import json
+import logging
+
+import numpy as np
+import pytest
+
+import m3jax
+from convert.__main__ import main
+from m3jax import safetensor_files, sources
+from m3jax.weights import HEAD_FILES
+
+torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (the `test` extra)")
+transformers = pytest.importorskip("transformers", reason="parity needs transformers (the `test` extra)")
+
+
+@pytest.fixture
+def theirs(geometry, torch_encoder, tiny_tokenizer_json, tiny_tokenizer, tmp_path):
+    """theirs(model_class): a directory as transformers' save_pretrained writes it, in shards, with a tokenizer.json."""
+    config = geometry(64, 2, vocab_size=tiny_tokenizer.vocab_size)
+
+    def make(dtype=torch.float32, kind="XLMRobertaModel"):
+        encoder = torch_encoder(config, 5)
+        if kind == "XLMRobertaForMaskedLM":
+            whole = transformers.XLMRobertaForMaskedLM(encoder.config)
+            whole.roberta.load_state_dict(encoder.state_dict(), strict=False)
+            encoder = whole
+        encoder.to(dtype).save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+        (tmp_path / "theirs" / "tokenizer.json").write_text(tiny_tokenizer_json)
+        return encoder, tmp_path / "theirs"
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_to_jax_and_back_is_bit_identical_in_transformers(theirs, tmp_path, dtype, caplog, recwarn):
+    before, directory = theirs(dtype)
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    main(["from-pytorch", str(directory), str(tmp_path / "orbax"), "--heads", "init"])
+    main(["to-pytorch", str(tmp_path / "orbax"), str(tmp_path / "ours")])
+    recwarn.clear()
+    transformers.logging.enable_propagation()
+    with caplog.at_level(logging.INFO, logger="transformers"):
+        after, loading = transformers.XLMRobertaModel.from_pretrained(
+            tmp_path / "ours", dtype="auto", output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert not any(loading.values()) and not recwarn.list
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert after.dtype == dtype
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+    assert tokenizer.model_max_length == 126 and tokenizer.mask_token == "<mask>"
+    assert tokenizer("a house").input_ids == m3jax.load(tmp_path / "ours").tokenizer.encode(["a house"])[0][0].tolist()
+
+
+def test_a_masked_language_model_of_transformers(theirs, tmp_path, recwarn):
+    """xlm-roberta-base and -large are stored so. The head is named, not lost in silence."""
+    before, directory = theirs(kind="XLMRobertaForMaskedLM")
+    _, params, _ = sources.read(directory, heads="init")
+    assert "the language-model head is dropped" in str(recwarn.pop(UserWarning).message)
+    expected = before.roberta.encoder.layer[1].intermediate.dense.weight.detach().numpy().T
+    np.testing.assert_array_equal(params["encoder"]["layers"][1]["up"]["kernel"], expected)
+
+
+def test_an_export_of_sentence_transformers(theirs, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs the peer extra")
+    modules = importlib.import_module("sentence_transformers.models")
+    _, directory = theirs()
+    word = modules.Transformer(str(directory))
+    pooling = modules.Pooling(word.get_word_embedding_dimension(), "cls")
+    model = sentence_transformers.SentenceTransformer(modules=[word, pooling, modules.Normalize()], device="cpu")
+    model.save(str(tmp_path / "export"))
+    main(["from-pytorch", str(tmp_path / "export"), str(tmp_path / "orbax"), "--heads", "init"])
+    ours = m3jax.encode(m3jax.load(tmp_path / "orbax"), ["the old river"]).dense_vecs
+    np.testing.assert_allclose(ours, model.encode(["the old river"]), atol=1e-5)
+
+
+def test_what_vllm_expects_of_a_directory(theirs, tmp_path):
+    """vLLM's BgeM3EmbeddingModel: config.json of an XLM-R encoder, which the command line overrides the architecture of;
+    encoder tensors without a prefix; two head files of {weight, bias} for Linear(hidden, 1) and Linear(hidden, hidden), read
+    with weights_only=True; the length from the position table."""
+    _, directory = theirs()
+    main(["from-pytorch", str(directory), str(tmp_path / "orbax"), "--heads", "init"])
+    main(["to-pytorch", str(tmp_path / "orbax"), str(tmp_path / "ours")])
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("xlm-roberta", ["XLMRobertaModel"])
+    assert (config["max_position_embeddings"], config["pad_token_id"], config["dtype"]) == (128, 1, "float32")
+    tensors = safetensor_files.read(tmp_path / "ours" / "model.safetensors")
+    assert {name.partition(".")[0] for name in tensors} == {"embeddings", "encoder", "pooler"}
+    for head, rows in (("sparse_linear", 1), ("colbert_linear", 64)):
+        state = torch.load(tmp_path / "ours" / HEAD_FILES[head], map_location="cpu", weights_only=True)
+        torch.nn.Linear(64, rows).load_state_dict(state)  # strict: these names and shapes
