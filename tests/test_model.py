@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
+from m3jax import model
 from m3jax.config import M3Config
 from m3jax.model import M3, apply, cast, check_tree, flatten, init, shapes, unflatten
 
@@ -269,3 +271,12 @@ def test_tokens(m3, tiny_tokenizer):
     assert m3.tokens([weights, {}]) == [readable, {}]
     with pytest.raises(ValueError, match="has no piece"):
         m3.tokens({"100000": 1.0})
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_the_network_of_copied_layers_is_the_network(layers):
+    """Its graph and shapes are traced with one layer and copied; the same as tracing all."""
+    config = M3Config.tiny(num_hidden_layers=layers)
+    graph, state = nnx.split(nnx.eval_shape(lambda: model.Network(config, nnx.Rngs(0))))
+    assert model._abstract(config)[0] == graph
+    assert shapes(config) == nnx.to_pure_dict(state)
