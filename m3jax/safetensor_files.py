@@ -7,7 +7,9 @@ its own `load_file` and `save_file` hold all tensors at once, beside those that 
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -81,7 +83,19 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
     described += b" " * (-(8 + len(described)) % 64)  # so that JAX can take the mapped tensors as they lie
     with Path(path).open("xb") as file:
         file.write(len(described).to_bytes(8, "little") + described)
-        for _, x in ordered:
-            file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+        for x in _contiguous(x for _, x in ordered):
+            file.write(x.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _contiguous(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The arrays in row-major order; two threads transpose the next few while one is written."""
+    with ThreadPoolExecutor(2) as threads:
+        ahead: deque[Future[np.ndarray]] = deque()
+        for x in arrays:
+            ahead.append(threads.submit(np.ascontiguousarray, x))
+            if len(ahead) > 4:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
