@@ -5,9 +5,11 @@ Not here: how it is found out (survey.py).
 
 import argparse
 from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
 
 from convert.survey import Survey, sizes_of, survey
-from m3jax import checkpoint
+from m3jax import checkpoint, paths, sources
 from m3jax.weights import HEAD_FILES
 
 _OTHERS = {
@@ -20,14 +22,17 @@ _OTHERS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the subcommand."""
     parser.add_argument(
-        "path", help="a directory, an Orbax checkpoint, a weight file, or a hub name (fetched as load would)"
+        "path", help="a directory, an Orbax checkpoint, a weight file, a hub name or a URL (fetched as load would)"
     )
 
 
 def run(given: argparse.Namespace) -> None:
     """Print what is there and what is missing; SystemExit(1) where m3jax.load could not read it."""
-    found = survey(given.path)
-    for name, value in described(found).items():
+    file = Path(given.path)
+    with nullcontext(file) if file.is_file() else sources.local(given.path) as path:
+        found = survey(path)
+        lines = {"path": given.path if paths.is_url(given.path) else str(path)} | described(found)
+    for name, value in lines.items():
         print(f"{name:<11} {value}")
     if found.problems:
         print(f"\n{len(found.problems)} in the way of m3jax.load:", *found.problems, sep="\n  ")
@@ -39,9 +44,9 @@ def run(given: argparse.Namespace) -> None:
 def described(found: Survey) -> dict[str, str]:
     """The lines of the report, by their names."""
     tensors, config = list(found.tensors.values()), found.config
-    dtypes = Counter(x.dtype for x in tensors)
+    dtypes = Counter(str(x.dtype) for x in tensors)
     heads = {h: found.tensors.get(f"{h}.weight") for h in HEAD_FILES}
-    lines = {"path": str(found.path), "kind": found.kind}
+    lines = {"kind": found.kind}
     if sizes := config or sizes_of(found.tensors):
         attention = (
             f"{sizes.num_attention_heads} attention heads" if config else "attention heads unknown (config.json)"
@@ -52,7 +57,7 @@ def described(found: Survey) -> dict[str, str]:
         lines["vocabulary"] = f"{sizes.vocab_size:,} rows"
     tokens = f"tokenizer of {found.tokenizer.vocab_size:,} ids" if found.tokenizer else "no tokenizer"
     lines["vocabulary"] = ", ".join(filter(None, [lines.get("vocabulary"), tokens]))
-    parameters, size = sum(x.size for x in tensors), sum(x.bytes for x in tensors)
+    parameters, size = sum(x.size for x in tensors), sum(x.size * x.dtype.itemsize for x in tensors)
     lines["tensors"] = f"{len(tensors)} tensors, {parameters:,} parameters, {size:,} bytes"
     lines["dtypes"] = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()) or "none"
     lines["heads"] = ", ".join(f"{k} {list(x.shape)} in {x.file}" if x else f"no {k}" for k, x in heads.items())

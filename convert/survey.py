@@ -1,26 +1,39 @@
 """What is there of a model and what m3jax.load would miss, from the headers of its files alone.
 
-Not here: printing it (inspection.py), and tensors' values (stored.py opens them). Tensors bear PyTorch's names throughout.
+Not here: printing it (inspection.py). Tensors bear PyTorch's names throughout.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from convert import stored
-from convert.stored import Stored
-from m3jax import M3, M3Config, checkpoint, hub
+import jax.numpy as jnp
+import numpy as np
+
+from m3jax import M3, M3Config, checkpoint
 from m3jax.model import flatten, shapes
 from m3jax.tokenization import Tokenizer
-from m3jax.weights import HEAD_FILES, torch_name
+from m3jax.weights import HEAD_FILES, MLM_PREFIX, UNUSED, read_file, torch_name, weight_files
 
-_PREFIX = "roberta."  # of transformers' masked-language models, whose own head is lm_head
-_UNUSED = re.compile(r"(^|\.)embeddings\.position_ids$")  # a buffer of old transformers, not a weight
 _ADD_FILES = "add the missing files; a tokenizer.json is what transformers' AutoTokenizer writes with save_pretrained"
 _ADD_HEADS = "add the two head files, or start from random heads, to train them: m3jax.load(…, heads='init')"
 _FIT = "take the config.json that the weights were saved with, or the weights that belong to it"
+
+
+class Stored(NamedTuple):
+    """What a file says of one tensor, as PyTorch has it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 @dataclasses.dataclass
@@ -36,26 +49,28 @@ class Survey:
     problems: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def survey(source: str | Path) -> Survey:
-    """Look at a local path or what the hub has under a name; ValueError where there is neither, or a broken Orbax step."""
-    path = Path(source) if Path(source).exists() else hub.fetch(source)
+def survey(path: Path) -> Survey:
+    """Look at a directory, an Orbax checkpoint or a single weight file; ValueError on a broken Orbax step."""
     found = Survey(path)
+    is_checkpoint = checkpoint.is_checkpoint(path)
     if path.is_file():
         found.problems["a single file"] = (
             "put it into a directory with config.json, tokenizer.json and the two head files"
         )
-        _take(found, [path])
-    elif checkpoint.is_checkpoint(path):
+        _take(found, [path.name], path.parent)
+    elif is_checkpoint:
         found.config, found.tokenizer = checkpoint.describe(path)
-        found.tensors = stored.read_checkpoint(path)
+        for name, x in checkpoint.stored_shapes(path).items():
+            shape = x.shape[::-1] if name.endswith("/kernel") else x.shape
+            found.tensors[_name(name)] = Stored("Orbax", shape, x.dtype)
     else:
         _read_directory(found)
-    prefixed = any(name.startswith(_PREFIX) for name in found.tensors)
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in found.tensors.items()}
-    found.unused = [k for k in tensors if _UNUSED.search(k) or (prefixed and k.startswith("lm_head."))]
+    prefixed = any(name.startswith(MLM_PREFIX) for name in found.tensors)
+    tensors = {name.removeprefix(MLM_PREFIX): tensor for name, tensor in found.tensors.items()}
+    found.unused = [k for k in tensors if UNUSED.search(k) or (prefixed and k.startswith("lm_head."))]
     found.tensors = {name: tensor for name, tensor in tensors.items() if name not in found.unused}
-    found.kind = _kind(found, prefixed)
-    if found.config is not None and not checkpoint.is_checkpoint(path):
+    found.kind = "Orbax checkpoint of m3jax" if is_checkpoint else _kind(found, prefixed)
+    if found.config is not None and not is_checkpoint:
         # What a released config.json does not say; a checkpoint of ours does.
         colbert = found.tensors.get("colbert_linear.weight")
         width = colbert.shape[0] if colbert and len(colbert.shape) == 2 else found.config.colbert_dim
@@ -110,40 +125,44 @@ def _read_directory(found: Survey) -> None:
     found.config = checked("config.json", lambda path: M3Config.from_json(path.read_text("utf-8"), source=str(path)))
     found.tokenizer = checked("tokenizer.json", Tokenizer.from_file)
     try:
-        files = stored.weight_files(found.path)
+        _take(found, weight_files(found.path), found.path)
     except ValueError as error:
-        found.problems[str(error)] = f"write or download {stored.INDEX} again"
-        files = []
-    else:
-        if not files:
-            found.problems["missing file: model.safetensors, its shards, or pytorch_model.bin"] = _ADD_FILES
-    _take(found, files)
+        found.problems[str(error)] = "write or download the index of the shards again"
     for head, file in HEAD_FILES.items():
         if (found.path / file).exists():
             if f"{head}.weight" in found.tensors:
                 found.problems[f"twice: {head}, in {file} and among the weights"] = "remove one of the two"
-            _take(found, [found.path / file], f"{head}.")
+            _take(found, [file], found.path, f"{head}.")
         elif f"{head}.weight" not in found.tensors:
             found.problems[f"missing file: {file}"] = _ADD_HEADS
 
 
-def _take(found: Survey, files: list[Path], prefix: str = "") -> None:
+def _take(found: Survey, files: Sequence[str], folder: Path, prefix: str = "") -> None:
     for file in files:
-        if not file.exists():
-            found.problems[f"missing file: {file.name}"] = _ADD_FILES
+        if not (folder / file).exists():
+            none = file == "pytorch_model.bin"  # the last of the forms that are looked for
+            name = f"model.safetensors, its shards, or {file}" if none else file
+            found.problems[f"missing file: {name}"] = _ADD_FILES
             continue
         try:
-            found.tensors |= {prefix + name: tensor for name, tensor in stored.read(file).items()}
+            tensors = read_file(folder / file)
         except (ValueError, OSError) as error:
-            found.problems[str(error)] = f"write or download {file.name} again"
+            found.problems[str(error)] = f"write or download {file} again"
+        else:
+            found.tensors |= {prefix + name: Stored(file, x.shape, x.dtype) for name, x in tensors.items()}
+
+
+def _name(path: str) -> str:
+    try:
+        return torch_name(path)
+    except KeyError:
+        return path  # none of our parameters; who compares the names says so
 
 
 def _kind(found: Survey, prefixed: bool) -> str:
     names = set(found.tensors)
-    if checkpoint.is_checkpoint(found.path):
-        return "Orbax checkpoint of m3jax"
     if prefixed:
-        return f"masked-language model of transformers (names with the prefix {_PREFIX})"
+        return f"masked-language model of transformers (names with the prefix {MLM_PREFIX})"
     if found.path.is_file():
         return "head of an M3 model" if names == {"weight", "bias"} else "weights"
     for_sentences = (found.path / "modules.json").exists()
@@ -165,7 +184,7 @@ def _compare(found: Survey, sizes: M3Config) -> None:
         if tensor is None:
             if name.partition(".")[0] not in absent:
                 found.problems[f"missing: {name}"] = _FIT
-        elif "float" not in tensor.dtype:
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
             found.problems[f"no floating-point numbers: {name} is {tensor.dtype}"] = _FIT
         elif tensor.shape != tuple(shape):
             found.problems[f"misshapen: {name} is {tensor.shape}, expected {tuple(shape)}"] = _FIT

@@ -6,6 +6,7 @@ Not here: how PyTorch is asked (reference.py), the texts (texts.py) and the publ
 import argparse
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import m3jax
 from convert import published, reference
 from convert.texts import default_texts
-from m3jax import M3Config, checkpoint, hub
+from m3jax import M3Config, checkpoint, sources
 from m3jax.embeddings import Embeddings
 
 _LENGTH = (
@@ -41,7 +42,7 @@ class Difference(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the subcommand."""
-    parser.add_argument("models", nargs="*", help="A and B: released directories, Orbax checkpoints or hub names")
+    parser.add_argument("models", nargs="*", help="A and B: released directories, Orbax checkpoints, hub names or URLs")
     for side in "ab":
         told = f"what runs {side.upper()}; without it, PyTorch runs a released directory where it is installed"
         parser.add_argument(f"--{side}-with", choices=["m3jax", "torch"], help=told)
@@ -58,7 +59,12 @@ def run(given: argparse.Namespace) -> None:
         return published.check(given.published)
     if given.published is not None or len(given.models) != 2:
         raise ValueError(f"verify takes two models, or --published and its directory; got {len(given.models)} models")
-    paths = [hub.fetch(model) for model in given.models]
+    with ExitStack() as fetched:
+        compare_models(given, [fetched.enter_context(sources.local(model)) for model in given.models])
+
+
+def compare_models(given: argparse.Namespace, paths: Sequence[Path]) -> None:
+    """Encode with both and print what differs."""
     longest = min(_config(path).max_length for path in paths)
     length = given.max_length or min(_LENGTH, longest)
     if not 2 <= length <= longest:

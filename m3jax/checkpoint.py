@@ -5,9 +5,8 @@ inside the functions: encoding from released weights does not need it.
 """
 
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
     assert step is not None
     # Two gigabytes in flight are more than the largest table of any released model, and bound what a restore takes beside it.
     handler, folder = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2), epath.Path(step / PARAMS)
-    stored = flatten(handler.metadata(folder).tree)
+    stored = stored_shapes(directory)
     expected = shapes(config)
     check_tree(
         {path: x.shape for path, x in stored.items()},
@@ -131,9 +130,7 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
         places = flatten(sharding(expected))
         how = unflatten(
             {
-                path: ocp.ArrayRestoreArgs(
-                    sharding=places[path], global_shape=x.shape, dtype=np.dtype(stored[path].dtype)
-                )
+                path: ocp.ArrayRestoreArgs(sharding=places[path], global_shape=x.shape, dtype=stored[path].dtype)
                 for path, x in flatten(expected).items()
             }
         )
@@ -145,30 +142,15 @@ def _description(config: M3Config, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"config": dataclasses.asdict(config), "tokenizer": tokenizer.json}
 
 
-def parts(directory: str | Path) -> dict[str, tuple[jax.ShapeDtypeStruct, Callable[[], np.ndarray]]]:
-    """Each parameter's shape and dtype by its path, and a function that reads it alone (a few hundredths of a second each).
-
-    Of a step, or of the last step in a folder of steps, in whatever geometry; ValueError where it is no checkpoint of ours.
-    """
+def stored_shapes(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each parameter of a step by its path, in whatever geometry, without reading a value."""
     import orbax.checkpoint as ocp
+    from etils import epath
 
-    describe(directory)
     step = _step(Path(directory).absolute())
-    assert step is not None
-    handlers: Any = {PARAMS: ocp.PyTreeCheckpointHandler(), MODEL: ocp.JsonCheckpointHandler()}
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
-    place = ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-
-    def read_one(path: str, one: jax.ShapeDtypeStruct) -> np.ndarray:
-        item, args = (_string_keys(unflatten({path: x})) for x in (one, place))
-        wanted = {PARAMS: ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)}
-        restored = checkpointer.restore(step, args=ocp.args.Composite(**wanted))[PARAMS]
-        return np.asarray(flatten(restored)[path])
-
-    metadata: Any = checkpointer.metadata(step).item_metadata
-    stored = flatten(metadata[PARAMS].tree)
-    sizes = {path: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)) for path, x in stored.items()}
-    return {path: (one, functools.partial(read_one, path, one)) for path, one in sizes.items()}
+    assert step is not None, "callers ask is_checkpoint first"
+    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(step / PARAMS)).tree
+    return {path: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)) for path, x in flatten(tree).items()}
 
 
 def _string_keys(params: Params) -> dict[str, Any]:

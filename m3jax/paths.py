@@ -76,7 +76,7 @@ def writing(destination: str | Path, *, last: str, size: int, progress: bool = F
 
     On a disk it is renamed into place. A store has no such rename: there the file `last`, without which nobody takes the
     folder for finished, goes first of the old ones and comes last of the new ones. size: bytes to come; ValueError where the
-    disk has fewer free. progress shows a bar on stderr.
+    disk has fewer free. progress shows a bar on stderr, if that is a terminal.
     """
     if is_url(destination):
         with tempfile.TemporaryDirectory() as temporary:
@@ -124,7 +124,7 @@ def _bar(folder: Path, size: int, what: str, shown: bool) -> Iterator[None]:
                     there += (folder / name).stat().st_size
             bar.update(min(there, size) - bar.n)
 
-    with tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=not shown) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None if shown else True) as bar:
         thread = threading.Thread(target=follow, args=(bar,), daemon=True)
         if shown:
             thread.start()
@@ -144,7 +144,7 @@ def _upload(folder: Path, url: str | Path, last: str, progress: bool) -> None:
         if name == last or name not in new:
             store.rm_file(f"{root}/{name}")
     size = sum((folder / name).stat().st_size for name in new)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="upload", disable=not progress) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="upload", disable=None if progress else True) as bar:
         for name in sorted(new, key=lambda name: name == last):
             store.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
             store.put_file(str(folder / name), f"{root}/{name}")

@@ -3,7 +3,8 @@
 Not here: the formats (weights.py, checkpoint.py), the hub (hub.py) and object stores (paths.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +26,17 @@ def read(
     Parameters of a checkpoint are JAX arrays, placed by `sharding` as in checkpoint.read; those of a released directory are
     views of its mapped files (weights.read). Raises ValueError as these and hub.fetch do.
     """
-    with paths.reading(source, _needed) as local:
-        directory = local if paths.is_url(source) else hub.fetch(local, revision=revision)
+    with local(source, revision=revision) as directory:
         if checkpoint.is_checkpoint(directory):
             return checkpoint.read(directory, sharding=sharding)
         return weights.read(directory, heads=heads)
+
+
+@contextmanager
+def local(source: str | Path, *, revision: str | None = None) -> Iterator[Path]:
+    """The directory where a model's files are while the block lasts: fetched from the hub or a store where they are there."""
+    with paths.reading(source, _needed) as there:
+        yield Path(there) if paths.is_url(source) else hub.fetch(there, revision=revision)
 
 
 def _needed(there: Sequence[str]) -> Sequence[str]:

@@ -43,7 +43,8 @@ _MODULES = (
     ("heads/colbert_linear", "colbert_linear"),
 )
 _LEAVES = {"embedding": "weight", "kernel": "weight", "scale": "weight", "bias": "bias"}
-_IGNORED = re.compile(r"(^|\.)embeddings\.position_ids$")  # a buffer of old transformers, not a weight
+# A buffer of old transformers, and the prefix of its masked-language models, whose own head is lm_head.
+UNUSED, MLM_PREFIX = re.compile(r"(^|\.)embeddings\.position_ids$"), "roberta."
 
 
 def torch_name(path: str) -> str:
@@ -74,13 +75,16 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     directory = Path(directory)
     described = _file(directory, "config.json")
     config = M3Config.from_json(described.read_text(encoding="utf-8"), source=str(described))
-    tensors = _without_lm_head(_read_tensors(directory), directory)
+    tensors: dict[str, np.ndarray] = {}
+    for file in weight_files(directory):
+        tensors |= read_file(_file(directory, file))
+    tensors = _without_lm_head(tensors, directory)
     absent = []
     for head, file in HEAD_FILES.items():
         if (directory / file).exists():
             if f"{head}.weight" in tensors:
                 raise ValueError(f"{directory}: {head} is both in {file} and among the weights; remove one of the two")
-            tensors |= {f"{head}.{k}": v for k, v in pickles.read(directory / file).items()}
+            tensors |= {f"{head}.{k}": v for k, v in read_file(directory / file).items()}
         elif f"{head}.weight" not in tensors:
             absent.append(head)
     if absent and heads == "require":
@@ -102,7 +106,7 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
             extra.append(f"{name} (of dtype {tensor.dtype}; weights are floating point)")
         elif path is not None:
             params[path] = tensor.T if path.endswith("/kernel") else tensor
-        elif not _IGNORED.search(name):
+        elif not UNUSED.search(name):
             extra.append(name)
     check_tree(
         {path: x.shape for path, x in params.items()},
@@ -210,27 +214,33 @@ def _file(directory: Path, name: str) -> Path:
 
 def _without_lm_head(tensors: dict[str, np.ndarray], directory: Path) -> dict[str, np.ndarray]:
     """The encoder of a masked-language-model file (xlm-roberta-base, -large) under an encoder's names; others unchanged."""
-    if not any(name.startswith("roberta.") for name in tensors):
+    if not any(name.startswith(MLM_PREFIX) for name in tensors):
         return tensors
     head = [name for name in tensors if name.startswith("lm_head.")]
     if head:
         warnings.warn(
             f"{directory}: the language-model head is dropped, M3 has none: {', '.join(sorted(head))}", stacklevel=3
         )
-    return {name.removeprefix("roberta."): x for name, x in tensors.items() if name not in head}
+    return {name.removeprefix(MLM_PREFIX): x for name, x in tensors.items() if name not in head}
 
 
-def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    index = directory / "model.safetensors.index.json"
+def weight_files(directory: Path) -> list[str]:
+    """The names of the files of a directory's encoder, the first form that is there; shards are those that their index names.
+
+    Where there is none, `pytorch_model.bin`, the last one looked for. ValueError on an index that is broken.
+    """
     if (directory / "model.safetensors").exists():
-        return safetensor_files.read(directory / "model.safetensors")
-    if index.exists():
-        try:
-            shards: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{index}: expected JSON {{"weight_map": {{tensor: file}}}}; write it again') from error
-        tensors: dict[str, np.ndarray] = {}
-        for file in sorted(set(shards.values())):
-            tensors |= safetensor_files.read(_file(directory, Path(file).name))
-        return tensors
-    return dict(pickles.read(_file(directory, "pytorch_model.bin")))
+        return ["model.safetensors"]
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return ["pytorch_model.bin"]
+    try:
+        shards: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({Path(file).name for file in shards.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{index}: expected JSON {{"weight_map": {{tensor: file}}}}; write it again') from error
+
+
+def read_file(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of one file, `.safetensors` or PyTorch's pickle, as views of the mapped file; ValueError where broken."""
+    return safetensor_files.read(file) if file.suffix == ".safetensors" else dict(pickles.read(file))

@@ -1,8 +1,8 @@
 """`python -m convert inspect`: it says what is there, lists all that is wrong, and agrees with m3jax.load on what loads."""
 
 import json
-import shutil
 
+import fsspec
 import jax
 import ml_dtypes
 import numpy as np
@@ -10,9 +10,7 @@ import pytest
 import safetensors.numpy
 
 import m3jax
-from convert import stored
 from convert.__main__ import main
-from convert.survey import survey
 from m3jax import checkpoint, pickles, weights
 from m3jax.config import M3Config
 from m3jax.model import M3, shapes
@@ -110,7 +108,7 @@ def test_other_kinds(saved, capsys):
     rewrite(saved, tensors | {"lm_head.bias": np.zeros(3), "roberta.embeddings.position_ids": np.arange(20)[None]})
     status, lines, text = inspected(capsys, saved)
     assert status == 1 and lines["kind"].startswith("masked-language model")
-    assert lines["pooler"] == "no" and lines["not read"] == "lm_head.bias, embeddings.position_ids"
+    assert lines["pooler"] == "no" and lines["not read"] == "embeddings.position_ids, lm_head.bias"
     assert "2 in the way" in text  # the heads
 
 
@@ -245,10 +243,10 @@ def test_several_are_listed_together(saved, capsys):
     ]  # fmt: skip
 
 
-def test_values_are_never_read(saved, tmp_path, monkeypatch, m3):
-    copy = shutil.copytree(saved, tmp_path / "copy")
-    as_pickle(copy)
-    monkeypatch.setattr(stored, "_same", lambda x: pytest.fail("values were asked for"))
-    for directory in (saved, copy):
-        found = survey(directory)
-        assert not found.problems and len(found.tensors) == len(jax.tree.leaves(m3.params))
+def test_a_url(saved, capsys):
+    store = fsspec.filesystem("memory")
+    store.put(str(saved), "/inspected", recursive=True)
+    status, lines, _ = inspected(capsys, "memory://inspected")
+    assert status == 0 and lines["path"] == "memory://inspected"
+    store.rm("/inspected/sparse_linear.pt")
+    assert "missing file: sparse_linear.pt" in inspected(capsys, "memory://inspected")[2]

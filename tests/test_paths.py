@@ -1,6 +1,7 @@
 """Folders written whole: on a disk by a rename, in a store by a marker that comes last."""
 
 import shutil
+import sys
 
 import fsspec
 import pytest
@@ -108,7 +109,8 @@ def test_a_link_is_replaced_where_it_points_to(tmp_path):
     assert (tmp_path / "current").is_symlink() and paths.read_text(tmp_path / "v1", "last") == "2"
 
 
-def test_the_bar_ends_at_the_size(tmp_path, capsys):
+def test_the_bar_ends_at_the_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with paths.writing(tmp_path / "model", last="last", size=2048, progress=True) as folder:
         (folder / "last").write_bytes(bytes(2048))
     assert "2.05k/2.05k" in capsys.readouterr().err

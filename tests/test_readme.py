@@ -133,7 +133,7 @@ def test_the_tests_are_run_as_ci_runs_them():
     (line,) = [
         line for block in BLOCKS if block.language == "sh" for line in block.text.splitlines() if "pytest" in line
     ]
-    assert line == 'pip install -e ".[test]" && pytest'
+    assert line == 'pip install -e ".[test]" && pytest -n auto'
     printing = re.compile(r" (--quiet|--durations=\d+)")
     in_ci = [printing.sub("", command) for command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
     places = [in_ci.index(command) for command in line.split(" && ")]
