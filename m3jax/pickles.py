@@ -1,11 +1,10 @@
 """PyTorch's zip pickles (`.bin`, `.pt`) without torch: a reader that can execute nothing, a small writer.
 
-No name of a model stands here, no tensor is copied or converted, and the format before PyTorch 1.6 is not read.
+Not here: the zip archive around the pickle (archives.py), names of a model, conversions, the format before PyTorch 1.6.
 """
 
 import io
 import math
-import mmap
 import os
 import pickle
 import secrets
@@ -18,6 +17,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from m3jax import archives
+from m3jax.archives import short
 
 _TYPES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfloat16}
 _TYPES |= {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
@@ -33,8 +35,6 @@ _NUMBERS |= {pickle.BINUNICODE: "<I"}
 _MAX_PICKLE_BYTES = 2**22  # 40,000 tensors of 100 bytes each; the worst that was found takes 12 s and 0.4 GB
 _ZIP64_BYTES = 2**30  # below zipfile's own limit, so that the choice, which moves the data by 20 bytes, is ours alone
 _MAX_DIMENSIONS = 64  # numpy's own limit
-_FLAGS = 0x808  # of a zip's entries: a checksum behind the data, a name in UTF-8; others change what the data mean
-_FOLDER = 0x10  # among the attributes of an entry: torch takes it for empty, whatever it holds
 _ALIGNMENT = 64  # torch's default: torch.utils.serialization.config.save.storage_alignment
 _ADVICE = (
     "Fetch it again if it was downloaded; else, if you trust where it comes from, write its tensors anew in PyTorch: "
@@ -64,19 +64,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Format: torch/serialization.py (`_save`, `_load`) and torch/_utils.py (`_rebuild_tensor_v2`) of PyTorch 2.13.
     """
     try:
-        records = _records(Path(path))
+        records = archives.records(Path(path))
         if records.get("byteorder", b"little") != b"little":
-            raise ValueError(f"numbers are stored little-endian, byteorder says {_short(bytes(records['byteorder']))}")
+            raise ValueError(f"numbers are stored little-endian, byteorder says {short(bytes(records['byteorder']))}")
         if not 0 < len(records.get("data.pkl", b"")) <= _MAX_PICKLE_BYTES:
             raise ValueError(f"a state dict has a data.pkl of at most {_MAX_PICKLE_BYTES} bytes; this one has not")
         if (version := records.get("version")) != b"3\n":
-            raise ValueError(f"the format has version 3; this one says {_short(version and bytes(version[:9]))}")
+            raise ValueError(f"the format has version 3; this one says {short(version and bytes(version[:9]))}")
         tensors = _unpickle(records)
         if type(tensors) is not dict:
             raise ValueError(f"the pickle holds a dict of tensors by name, not a {_kind(tensors)}")
         for name, value in tensors.items():
             if not isinstance(value, np.ndarray):
-                raise ValueError(f"every value of the dict is a tensor, but {_short(name)} is a {_kind(value)}")
+                raise ValueError(f"every value of the dict is a tensor, but {short(name)} is a {_kind(value)}")
         return tensors
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}. {_ADVICE}") from error
@@ -153,92 +153,6 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> No
     entry.extra = b""  # the padding belongs to the local header; the central directory does not repeat it
 
 
-def _records(path: Path) -> dict[str, memoryview]:
-    """The content of each entry of the archive, by its name below the top folder, as a view of the mapped file.
-
-    Not `zipfile`: an archive can be made to hold one set of entries for it and another for torch, which finds the
-    directory by another number. Here all that says where something is must agree, and nothing may overlap.
-    Checksums are not compared: that would read every byte, and torch.save can be told not to compute them.
-    Names are lower-cased, as torch compares them.
-    """
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":
-            raise ValueError("the file is a zip archive, as PyTorch writes since 1.6; this one is not (older format?)")
-        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    try:
-        entries, limit = _directory(content)
-    except struct.error as error:
-        raise ValueError("the zip archive is whole; this one is cut off or damaged") from error
-    records: dict[str, memoryview] = {}
-    folders, reached = set(), 0
-    for offset, title, size in sorted(entries):
-        folder, _, name = title.partition("/")
-        name = name.lower()
-        folders.add(folder)
-        if {"", ".", ".."} & {folder, *name.split("/")} or set("\\:\0") & set(title) or not title.isascii():
-            raise ValueError(f"entries are named folder/name, no '..', not absolute, in ASCII; {_short(title)} is not")
-        if len(folders) > 1 or name in records:
-            raise ValueError(f"entries are unique names in one top folder; {_short(title)} is a second")
-        if not reached <= offset <= limit - 30:
-            raise ValueError(f"entries follow each other in the file; {_short(title)} starts at {offset}")
-        signature, flags, method, title_bytes, extra_bytes = struct.unpack_from("<4s2x2H16x2H", content, offset)
-        start = offset + 30 + title_bytes
-        local = bytes(content[start - title_bytes : start])
-        if (signature, flags & ~_FLAGS, method, local) != (b"PK\3\4", 0, 0, title.encode()):
-            raise ValueError(f"the central directory and the local header agree; they differ on {_short(title)}")
-        start += extra_bytes
-        reached = start + size
-        if reached > limit:
-            raise ValueError(f"entries end before the central directory at {limit}; {_short(title)} ends at {reached}")
-        records[name] = content[start:reached]
-    return records
-
-
-def _directory(content: memoryview) -> tuple[list[tuple[int, str, int]], int]:
-    """Offset, name and size of each entry in the central directory, and where that starts. struct.error if cut off."""
-    end = max(len(content) - 22, 0)
-    signature, *disks, here, count, size, start, comment = struct.unpack_from("<4s4H2IH", content, end)
-    agree = signature == b"PK\5\6" and not comment
-    if end >= 76 and content[end - 20 : end - 16] == b"PK\6\7":
-        end -= 76
-        # what is too large for the first record is all ones there; else both say the same
-        for value, bits, at in (here, 16, 24), (count, 16, 32), (size, 32, 40), (start, 32, 48):
-            agree &= value in (2**bits - 1, *struct.unpack_from("<Q", content, end + at))
-        signature, length, *more, here, count, size, start, signature64, first, place, total = struct.unpack_from(
-            "<4sQ4x2I4Q4sIQI", content, end
-        )
-        disks += [*more, first]
-        agree &= signature == b"PK\6\6" and length == 44 and signature64 == b"PK\6\7" and place == end and total == 1
-    if not agree or any(disks) or here != count or start + size != end:
-        raise ValueError("the zip archive is whole, of one part, with no comment; this one is cut off or damaged")
-    entries, at = [], start
-    for _ in range(count):
-        signature, flags, method, packed, size, *lengths, disk, attributes, offset = struct.unpack_from(
-            "<4s4x2H8x2I4H2x2I", content, at
-        )
-        at += 46
-        middle = at + lengths[0]
-        title, extra = bytes(content[at:middle]).decode("ascii", "replace"), content[middle : middle + lengths[1]]
-        at += sum(lengths)
-        large = [value == 2**32 - 1 for value in (size, packed, offset)]
-        if any(large):  # the first extra field has those, of 8 bytes each
-            tag, length, *numbers = struct.unpack_from(f"<2H{sum(large)}Q", extra)
-            if tag != 1 or length != 8 * len(numbers):
-                raise ValueError(f"the zip archive is whole; this one lacks the size of {_short(title)}")
-            size, packed, offset = (
-                numbers.pop(0) if big else n for big, n in zip(large, (size, packed, offset), strict=True)
-            )
-        if signature != b"PK\1\2" or disk or at > end:
-            raise ValueError(f"the zip archive is whole; this one is damaged before byte {at}")
-        if flags & ~_FLAGS or method or packed != size or attributes & _FOLDER:
-            came = f"flags {flags:#x}, method {method}, size {packed} of {size}, attributes {attributes:#x}"
-            raise ValueError(f"entries are files, not compressed, encrypted or patched; {_short(title)} has {came}")
-        entries.append((offset, title, size))
-    if at != end:
-        raise ValueError(f"the zip archive is whole; in this one, the directory ends at {at}, not at {end}")
-    return entries, start
-
-
 def _unpickle(records: Mapping[str, memoryview]) -> object:
     """Run data.pkl on a machine of the few opcodes that a state dict needs, over inert values.
 
@@ -288,7 +202,7 @@ def _unpickle(records: Mapping[str, memoryview]) -> object:
                 case pickle.GLOBAL:
                     name = (code.readline() + code.readline()).decode().removesuffix("\n").replace("\n", " ")
                     if name not in (_DICT, _TENSOR, _PARAMETER, *_STORAGES):
-                        came = _short(name.replace(" ", "."))
+                        came = short(name.replace(" ", "."))
                         raise ValueError(f"the pickle may name only OrderedDict and torch's dense tensors, not {came}")
                     stack.append(_Global(name))
                 case pickle.BINPERSID:
@@ -319,7 +233,7 @@ def _set_items(target: object, items: list[object]) -> None:
         raise ValueError(f"pairs of name and value go into a dict, not {len(items)} objects into a {_kind(target)}")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) is not str or key in target:
-            raise ValueError(f"names are unique strings; {_short(key) if type(key) is str else _kind(key)} is not")
+            raise ValueError(f"names are unique strings; {short(key) if type(key) is str else _kind(key)} is not")
         target[key] = value
 
 
@@ -331,13 +245,13 @@ def _storage(identity: object, records: Mapping[str, memoryview], storages: dict
             raise ValueError("a storage is ('storage', type, key, device, size) with a type that torch.save writes")
     if name not in records or len(records[name]) != size * dtype.itemsize:
         came = f"{len(records[name])} bytes" if name in records else "not there"
-        raise ValueError(f"storage {_short(name)} has {size} × {dtype.itemsize} bytes; its entry is {came}")
+        raise ValueError(f"storage {short(name)} has {size} × {dtype.itemsize} bytes; its entry is {came}")
     storage = storages.setdefault(name, _Storage(np.frombuffer(records[name], dtype)))
     if storage.values.dtype != dtype:  # torch would go on with the first type
-        raise ValueError(f"a storage has one type; {_short(name)} is {storage.values.dtype} and {dtype}")
+        raise ValueError(f"a storage has one type; {short(name)} is {storage.values.dtype} and {dtype}")
     # any other byte is undefined behaviour in numpy's boolean loops
     if dtype == np.bool_ and np.frombuffer(records[name], np.uint8).max(initial=0) > 1:
-        raise ValueError(f"booleans are stored as 0 or 1; {_short(name)} holds another byte")
+        raise ValueError(f"booleans are stored as 0 or 1; {short(name)} holds another byte")
     return storage
 
 
@@ -367,7 +281,7 @@ def _tensor(values: np.ndarray, offset: int, shape: tuple[object, ...], strides:
         return np.ndarray(sizes, values.dtype)
     end = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True)) + 1
     if end > values.size or math.prod(sizes) > values.size:  # the second is an expanded tensor
-        came = f"shape {_short(sizes)}, strides {_short(steps)}, offset {_short(offset)}"
+        came = f"shape {short(sizes)}, strides {short(steps)}, offset {short(offset)}"
         raise ValueError(f"a tensor lies within its storage of {values.size} and is no larger; this one has {came}")
     # the stride of an axis of length 1 is never taken, and may be any number
     steps = [step * values.itemsize if size > 1 else values.itemsize for size, step in zip(sizes, steps, strict=True)]
@@ -376,7 +290,3 @@ def _tensor(values: np.ndarray, offset: int, shape: tuple[object, ...], strides:
 
 def _kind(value: object) -> str:
     return "tensor" if isinstance(value, np.ndarray) else type(value).__name__.lstrip("_").lower()
-
-
-def _short(value: object) -> str:
-    return f"{value!r:.80}"

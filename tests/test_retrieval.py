@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from m3jax import retrieval
+from m3jax import pairs
 from m3jax.embeddings import Embeddings
 from m3jax.retrieval import FUNCTIONS, score, search
 
@@ -73,9 +73,9 @@ def naive_search(queries, passages, by, k, candidates, rerank, weights=None):
 def small_blocks(monkeypatch):
     """Blocks so small that everything takes several, of queries, passages, tokens and pairs, with a ragged last one."""
     for name, size in {"QUERY_BLOCK": 4, "PASSAGE_BLOCK": 8, "QUERY_TOKENS": 12, "PASSAGE_TOKENS": 3}.items():
-        monkeypatch.setattr(retrieval, name, size)
-    monkeypatch.setattr(retrieval, "PAIR_BLOCK", 7)
-    monkeypatch.setattr(retrieval, "ITEMS_AT_ONCE", 2)
+        monkeypatch.setattr(pairs, name, size)
+    monkeypatch.setattr(pairs, "PAIR_BLOCK", 7)
+    monkeypatch.setattr(pairs, "ITEMS_AT_ONCE", 2)
 
 
 @pytest.mark.parametrize("blocks", ["small_blocks", None])
