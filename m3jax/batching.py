@@ -1,75 +1,174 @@
-"""Lengths to batches of static shape under a token budget, and token ids to padded arrays; NumPy only.
+"""Lengths to batches of static shape under a token budget, and token ids to arrays; NumPy only.
 Which texts belong together for any other reason than length (training's groups, positives, negatives) is not here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 
-class PlannedBatch(NamedTuple):
-    """Texts that are computed together: `rows` int `[≤ row_count]` indexes them; the array is `[row_count, length]`."""
-
-    rows: np.ndarray
-    row_count: int
-    length: int
-
-
-def bucket_length(n: int) -> int:
+def bucket_length(n: int, step: int = 8) -> int:
     """The static row length for a text of `n ≥ 1` ids: the smallest bucket that holds it.
 
-    Each doubling holds eight buckets, multiples of 8 or more, so a row is at most 1/8 padding past 64 ids (1/16 on
-    average) and 60 lengths, hence at most about 60 compiled shapes, cover 8192. Past 512 buckets are multiples of 128,
-    which TPU attention kernels require and which leaves four between 512 and 1024. ValueError for n < 1.
+    Buckets are multiples of `step`, at most sixteen in each doubling, so past 16 · step a row is at most 1/16 padding (1/43 on
+    average), and few shapes are compiled: 73 to 8192 with step 8. ValueError for n or step below 1.
 
-    >>> [bucket_length(n) for n in (3, 130, 600)]
-    [8, 144, 640]
+    >>> [bucket_length(n) for n in (3, 130, 600)], bucket_length(600, step=128)
+    ([8, 136, 608], 640)
     """
-    if n < 1:
-        raise ValueError(f"a text has at least one token id; a length of {n} came.")
-    doubling = 1 << (int(n) - 1).bit_length()
-    step = max(8 if n <= 512 else 128, doubling // 16)
+    if n < 1 or step < 1:
+        raise ValueError(f"a text and a step have at least one token id; a length of {n} and a step of {step} came.")
+    step *= max(1, (1 << (int(n) - 1).bit_length()) // (32 * step))
     return -(-int(n) // step) * step
 
 
-def plan_batches(lengths: Sequence[int] | np.ndarray, *, batch_tokens: int, max_rows: int = 1024) -> list[PlannedBatch]:
-    """Batches of similar lengths, longest first, that hold every text once and at most `batch_tokens` ids each.
+class Packing(NamedTuple):
+    """Texts that are computed together, several in a row: text `texts[i]` stands in row `rows[i]` from column `starts[i]`."""
 
-    The shape of a full batch is a function of its bucket alone: `batch_tokens // length` rows (at most `max_rows`),
-    rounded down to a multiple of 8 where there are more. A batch closes early only at the end of the texts or, past
-    128 ids, before a text that would be half padding; it then has the next power of two of rows, so few shapes exist.
-    A text that alone exceeds the budget is a batch of one row. ValueError for a budget, `max_rows` or length below 1.
+    texts: Int[np.ndarray, " n"]
+    rows: Int[np.ndarray, " n"]
+    starts: Int[np.ndarray, " n"]
+    shape: tuple[int, int]
 
-    >>> [(b.rows.tolist(), b.row_count, b.length) for b in plan_batches([5, 30, 7], batch_tokens=64)]
-    [([1, 2], 2, 32), ([0], 1, 8)]
+
+def pack(
+    lengths: Sequence[int] | Int[np.ndarray, " n"],
+    *,
+    batch_tokens: int,
+    row_length: int = 1,
+    step: int = 8,
+    row_multiple: int = 1,
+) -> Iterator[Packing]:
+    """Batches of full rows, longest texts first, that hold every text once and about `batch_tokens` ids each.
+
+    A batch's rows are as long as its longest text needs (`bucket_length` in `step`s), but at least `row_length`. Each row takes
+    the longest text that is left, then of the others always the longest that still fits (best-fit decreasing), so that texts
+    of like length meet and short ones fill what is left. Its number of rows is a multiple of `row_multiple` (the devices that
+    rows are split over): of the full batch `batch_tokens // length`, and at the end of the texts one of few. A text that
+    alone exceeds the budget is a row of its own. ValueError for a number below 1.
+
+    >>> [(p.texts.tolist(), p.starts.tolist(), p.shape) for p in pack([5, 30, 9, 26], batch_tokens=64)]
+    [([1, 3, 0], [0, 0, 26], (2, 32)), ([2], [0], (1, 16))]
     """
-    if batch_tokens < 1 or max_rows < 1:
-        raise ValueError(f"batch_tokens and max_rows must be at least 1; {batch_tokens} and {max_rows} came.")
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    descending = np.asarray(lengths, np.int64)[order]
-    batches = []
-    start = 0
-    while start < len(order):
-        length = bucket_length(descending[start])
-        full = _full_rows(length, batch_tokens, max_rows)
-        stop = min(start + full, len(order))
-        # Short rows cost little padding, while a shape of its own costs a compilation.
-        if length > 128:
-            stop = min(stop, int(np.searchsorted(-descending, -(length // 2))))
-        count = stop - start
-        batches.append(PlannedBatch(order[start:stop], min(full, 1 << (count - 1).bit_length()), length))
-        start = stop
-    return batches
+    if min(batch_tokens, row_length, step, row_multiple, *lengths, 1) < 1:
+        raise ValueError(
+            "batch_tokens, row_length, step, row_multiple and every length must be at least 1; "
+            f"{batch_tokens}, {row_length}, {step}, {row_multiple} and {min(lengths, default=1)} came."
+        )
+    pool = _Pool(np.asarray(lengths, np.int64))
+    while longest := pool.longest(pool.most):
+        length = bucket_length(max(longest, row_length), step)
+        full = max(1, batch_tokens // (length * row_multiple)) * row_multiple
+        texts: list[int] = []
+        rows: list[int] = []
+        starts: list[int] = []
+        for row in range(full):
+            start = 0
+            while found := pool.longest(length - start):
+                texts.append(pool.take(found))
+                rows.append(row)
+                starts.append(start)
+                start += found
+            if not start:
+                break
+        used = _few(rows[-1] + 1, row_multiple)
+        yield Packing(np.array(texts), np.array(rows), np.array(starts), (min(used, full), length))
 
 
-def _full_rows(length: int, batch_tokens: int, max_rows: int) -> int:
-    rows = max(1, min(batch_tokens // length, max_rows))
-    return rows if rows < 8 else rows // 8 * 8
+def _few(rows: int, multiple: int) -> int:
+    """At least `rows`, one of four numbers a doubling: partial batches come in few shapes."""
+    groups = -(-rows // multiple)
+    step = max(1, (1 << (groups - 1).bit_length()) // 8)
+    return -(-groups // step) * step * multiple
 
 
-def pad(ids: Sequence[np.ndarray], rows: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 and mask bool (True = real token), both `[rows, length]`; rows past `len(ids)` are all padding.
+class _Pool:
+    """Texts that are not placed yet, by length."""
+
+    def __init__(self, lengths: Int[np.ndarray, " n"]):
+        self.most = int(lengths.max(initial=0))
+        self._texts: list[list[int]] = [[] for _ in range(self.most + 1)]
+        for text in np.argsort(lengths, kind="stable")[::-1].tolist():
+            self._texts[lengths[text]].append(text)
+        # Lengths only run out, so where to look next is remembered: a union-find over them.
+        self._next = list(range(self.most + 1))
+
+    def longest(self, room: int) -> int:
+        """The greatest length of a text that is left, up to `room`; 0 where there is none."""
+        length = min(room, self.most)
+        path = []
+        while length and not self._texts[length]:
+            path.append(length)
+            length = self._next[length] if self._next[length] < length else length - 1
+        for passed in path:
+            self._next[passed] = length
+        return length
+
+    def take(self, length: int) -> int:
+        """A text of that length, the first of those left."""
+        return self._texts[length].pop()
+
+
+class PackedIds(NamedTuple):
+    """The arrays of a batch of packed rows, and which text each token belongs to.
+
+    ids, positions  int32 [b, l]     positions restart in each text; padding has the pad id
+    segments        int32 [b, l]     1, 2, … for the texts of a row, 0 for padding
+    slots           int32 [b, k, m]  columns of the CLS tokens of the k-th text of a row, -1 where there is none
+    order           int64 [n]        where text i of the packing stands in slots: row · k + place in the row
+    """
+
+    ids: Int[np.ndarray, "b l"]
+    positions: Int[np.ndarray, "b l"]
+    segments: Int[np.ndarray, "b l"]
+    slots: Int[np.ndarray, "b k m"]
+    order: Int[np.ndarray, " n"]
+
+
+def arrange(packing: Packing, texts: Sequence[Int[np.ndarray, " _"]], pad_id: int, cls_every: int = 0) -> PackedIds:
+    """Token ids of `packing`'s texts, in its order, as the arrays of its shape.
+
+    cls_every: the distance of the CLS tokens in a text, the first of which opens it (MCLS, PAPER §5); 0 is that one only.
+    """
+    shape = packing.shape
+    lengths = np.array([len(text) for text in texts])
+    # The place of every token in the flattened batch.
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    places = np.repeat(packing.rows * shape[1] + packing.starts, lengths) + within
+    flat = np.concatenate(texts)
+    # A text is the n-th of its row; texts of a row follow each other in a packing.
+    nth = np.arange(len(lengths)) - np.searchsorted(packing.rows, packing.rows)
+    ids = np.full(shape[0] * shape[1], pad_id, np.int32)
+    positions, segments = ids.copy(), np.zeros_like(ids)
+    ids[places] = flat
+    segments[places] = np.repeat(nth + 1, lengths)
+    # pad_id + the number of ids that are not pad_id, up to and including this one, counted within the text (PAPER §1).
+    real = flat != pad_id
+    counted = np.cumsum(real)
+    before = np.repeat(np.concatenate([[0], counted])[np.cumsum(lengths) - lengths], lengths)
+    positions[places] = (counted - before) * real + pad_id
+    slots, order = _slots(packing, nth, lengths, cls_every)
+    return PackedIds(ids.reshape(shape), positions.reshape(shape), segments.reshape(shape), slots, order)
+
+
+def _slots(
+    packing: Packing, nth: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " n"], cls_every: int
+) -> tuple[Int[np.ndarray, "b k m"], Int[np.ndarray, " n"]]:
+    # The last token is EOS: 1 + 256 content + EOS is one run, one token more begins the second.
+    counts = np.maximum(-(-(lengths - 1) // cls_every), 1) if cls_every else np.ones_like(lengths)
+    widths = [1 << (int(values.max(initial=1)) - 1).bit_length() for values in (nth + 1, counts)]
+    slots = np.full((packing.shape[0], *widths), -1, np.int32)
+    slot = np.arange(widths[1])
+    slots[packing.rows, nth] = np.where(slot < counts[:, None], packing.starts[:, None] + slot * cls_every, -1)
+    return slots, packing.rows * widths[0] + nth
+
+
+def pad(
+    ids: Sequence[Int[np.ndarray, " _"]], rows: int, length: int, pad_id: int
+) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+    """Token ids int32 and mask bool (True = real token), one text a row; rows past `len(ids)` are all padding.
 
     ValueError for more texts than rows or a text longer than `length`: nothing is cut here.
 

@@ -3,23 +3,22 @@
 Not here: the mathematics (model.py), where models come from (sources.py), scoring and search (retrieval.py).
 """
 
-import functools
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
-from scipy.sparse import csr_matrix, vstack
-from tqdm import tqdm
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from m3jax import sources, weights
-from m3jax.batching import PlannedBatch, pad, plan_batches
-from m3jax.config import M3Config
 from m3jax.embeddings import Embeddings
-from m3jax.model import M3, Params, apply, cast
-from m3jax.scores import term_weights
+from m3jax.encoding import Plan, run
+from m3jax.forward import Asked
+from m3jax.model import M3, cast
+from m3jax.sharding import make_mesh
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,7 +30,11 @@ def load(
     dtype: str | None = None,
     heads: Literal["require", "init"] = "require",
 ) -> M3:
-    """A model from a released directory (PyTorch weights), an Orbax checkpoint of ours, or a hub name, on the first device.
+    """A model from a released directory (PyTorch weights), an Orbax checkpoint of ours, or a hub name, ready to encode.
+
+    Every device of this process gets a copy; `encode` then splits its batches over them. What JAX compiles is kept in the
+    user's cache folder (~/.cache/m3jax) for the next process, unless JAX's own settings say where
+    (jax_compilation_cache_dir), or that nothing is to be kept (JAX_ENABLE_COMPILATION_CACHE=0).
 
     directory: a path, or a URL in an object store ("gs://…", "s3://…"). A str that is no directory is a name on the Hugging
     Face hub ("BAAI/bge-m3"), and revision a branch, tag or commit there (None is main); `m3jax.hub.fetch` says what is
@@ -50,8 +53,22 @@ def load(
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} or None, got {dtype!r}")
     if heads not in ("require", "init"):
         raise ValueError(f"heads must be 'require' or 'init', got {heads!r}")
+    _keep_compilations()
     config, params, tokenizer = sources.read(directory, revision=revision, heads=heads)
-    return M3(config, cast(jax.device_put(params), dtype), tokenizer)
+    devices = jax.local_devices()
+    copies = NamedSharding(make_mesh(devices=devices), PartitionSpec()) if len(devices) > 1 else None
+    return M3(config, cast(jax.device_put(params, copies), dtype), tokenizer)
+
+
+def _keep_compilations() -> None:
+    config: Any = jax.config  # its attributes have no types
+    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(caches / "m3jax"))
+    # A layer compiles in less than the second from which JAX keeps things, but a corpus needs dozens of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()  # JAX looks for the folder once, at the first compilation, which may have been
 
 
 def save(m3: M3, directory: str | Path, *, card: str | None = None) -> None:
@@ -78,15 +95,31 @@ def encode(
     sparse: bool = True,
     colbert: bool = False,
     max_length: int | None = None,
-    batch_tokens: int = 16384,
-    progress: bool = False,
+    instruction: str = "",
+    truncate_dim: int | None = None,
+    mcls: bool = False,
+    batch_tokens: int | None = None,
+    progress: bool | None = None,
 ) -> Embeddings:
     """The representations of texts, in their order; what is not asked for is None.
 
     max_length: tokens, `<s>` and `</s>` included; None is the model's (8192 for bge-m3). A longer text is cut to it, with
     one warning that counts such texts. One str gives unbatched values. `[]` gives Embeddings of no rows; `""` is the text
-    of no tokens: a dense vector, no lexical weight, one colbert vector (that of `</s>`). batch_tokens bounds the tokens
-    that the device computes at once, padding included. progress shows a bar on stderr.
+    of no tokens: a dense vector, no lexical weight, one colbert vector (that of `</s>`).
+
+    instruction: prepended to every text as it stands, for models trained with one ("query: "); bge-m3 has none. truncate_dim:
+    keep the first numbers of dense and colbert vectors and normalise again, for models trained for it. mcls: a CLS token before
+    every 256 tokens, the dense vector from all of them (PAPER §5), better on long texts that the model was not trained on;
+    they count toward max_length; a text of up to 256 tokens has its plain vector.
+
+    batch_tokens bounds the tokens that the devices compute at once, padding included, but for a single text that is
+    longer; None is 1024 on CPU, where a batch then stays in the caches, else 16384 a device. A batch that does not fit into
+    the device's memory is halved, with a warning. progress shows a bar on stderr; None shows one on a terminal after some
+    seconds.
+
+    Texts are tokenised, computed and taken in beside each other. Where the parameters lie on a mesh (`load` puts them on all
+    devices of the process), rows are split over it. Under jax.distributed, parameters on a mesh of several processes mean that
+    all processes pass the same texts and get all rows; otherwise each encodes what it is given.
 
     Raises ValueError where max_length exceeds the position table, nothing is asked for, or an item is not a str.
     """
@@ -99,80 +132,22 @@ def encode(
         )
     if not (dense or sparse or colbert):
         raise ValueError("encode must give something: pass dense=True, sparse=True or colbert=True")
+    narrowest = min(
+        m3.config.hidden_size if dense else m3.config.colbert_dim, m3.config.colbert_dim if colbert else longest
+    )
+    if truncate_dim is not None and not 1 <= truncate_dim <= narrowest:
+        raise ValueError(
+            f"truncate_dim must be between 1 and the width of the vectors, {narrowest}, got {truncate_dim}"
+        )
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     single = isinstance(texts, str)
-    ids, cut = m3.tokenizer.encode([texts] if isinstance(texts, str) else list(texts), max_length)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    plan = Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
+    embeddings, cut = run(m3, texts, plan, progress=progress)
     if cut:
         warnings.warn(
-            f"{cut} of {len(ids)} texts are longer than max_length = {max_length} tokens and were cut to it",
+            f"{cut} of {len(texts)} texts are longer than max_length = {max_length} tokens and were cut to it",
             stacklevel=2,
         )
-    asked = (dense, sparse, colbert)
-    collected = _Collected(m3.config, len(ids), asked)
-    in_flight: tuple[PlannedBatch, list[np.ndarray], Any] | None = None
-    with tqdm(total=len(ids), unit="text", disable=not progress, desc="encode") as bar:
-        for batch in plan_batches([len(text) for text in ids], batch_tokens=batch_tokens):
-            own = [ids[row] for row in batch.rows]
-            padded, mask = pad(own, batch.row_count, min(batch.length, longest), m3.tokenizer.pad_id)
-            # Products of float32 parameters are float32 on every backend; GPUs and TPUs would round them first.
-            with jax.default_matmul_precision("highest"):
-                result = _forward(m3.config, asked, m3.params, padded, mask)
-            # The device computes this batch while the host takes in the one before.
-            if in_flight:
-                collected.add(*in_flight)
-                bar.update(len(in_flight[1]))
-            in_flight = batch, own, result
-        if in_flight:
-            collected.add(*in_flight)
-            bar.update(len(in_flight[1]))
-    return collected.embeddings(single)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _forward(config: M3Config, asked: tuple[bool, bool, bool], params: Params, ids: jax.Array, mask: jax.Array):
-    """What is asked for, of one padded batch; parts that are not asked for are not computed."""
-    given = apply(config, params, ids, mask)
-    parts = (given.dense, term_weights(given.token_ids, given.token_weights), given.colbert)
-    return tuple(part if wanted else None for part, wanted in zip(parts, asked, strict=True))
-
-
-class _Collected:
-    """Results of batches, put into the order of the texts."""
-
-    def __init__(self, config: M3Config, count: int, asked: tuple[bool, bool, bool]):
-        self._vocab_size = config.vocab_size
-        self._dense = np.zeros((count, config.hidden_size), np.float32) if asked[0] else None
-        self._terms: list[csr_matrix] | None = [] if asked[1] else None
-        self._colbert = [np.zeros((0, config.colbert_dim), np.float32)] * count if asked[2] else None
-        self._order: list[np.ndarray] = []
-
-    def add(self, batch: PlannedBatch, ids: list[np.ndarray], result: Any) -> None:
-        dense, terms, colbert = jax.device_get(result)
-        rows = len(batch.rows)
-        for part in (dense, terms and terms[1], colbert):
-            if part is not None and not np.isfinite(part[:rows]).all():
-                raise ValueError(
-                    "embeddings must be finite, but the model gave NaN or infinity; look at its weights (a training run that "
-                    "diverged?) or, with dtype float16, take bfloat16"
-                )
-        self._order.append(batch.rows)
-        if self._dense is not None:
-            self._dense[batch.rows] = dense[:rows]
-        if self._terms is not None:
-            term_ids, term_values = terms[0][:rows], terms[1][:rows]
-            kept = term_values > 0
-            starts = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
-            self._terms.append(csr_matrix((term_values[kept], term_ids[kept], starts), shape=(rows, self._vocab_size)))
-        if self._colbert is not None:
-            for row, text, vectors in zip(batch.rows, ids, colbert, strict=False):
-                # A copy, so that a text does not keep its whole padded batch alive.
-                self._colbert[row] = np.array(vectors[1 : len(text)], np.float32)
-
-    def embeddings(self, single: bool) -> Embeddings:
-        terms = None
-        if self._terms is not None:
-            if self._terms:
-                restore = np.argsort(np.concatenate(self._order))
-                terms = csr_matrix(vstack(self._terms, format="csr", dtype=np.float32))[restore]
-            else:
-                terms = csr_matrix((0, self._vocab_size), dtype=np.float32)
-        return Embeddings(dense=self._dense, terms=terms, colbert=self._colbert, single=single)
+    return Embeddings(*embeddings, single=single)

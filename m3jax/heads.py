@@ -36,13 +36,37 @@ class Heads(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "b l d"], ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
     ) -> Representations:
-        """All three representations; under jit the ones that are not used cost nothing."""
-        is_term = mask & ~jnp.isin(ids, jnp.array(self.unused_ids))
+        """All three representations of one text a row; under jit the ones that are not used cost nothing."""
         return Representations(
             dense=normalize(hidden[:, 0]),
             token_ids=ids,
-            token_weights=jnp.where(is_term, jax.nn.relu(self.sparse_linear(hidden)[..., 0]), 0.0),
-            colbert=normalize(self.colbert_linear(hidden)),
+            token_weights=self.token_weights(hidden, ids, mask),
+            colbert=self.colbert(hidden),
             # By place, not by id: a literal `<s>` inside a text keeps its vector, as in the reference.
             colbert_mask=mask.at[:, 0].set(False),
         )
+
+    def token_weights(
+        self, hidden: Float[Array, "b l d"], ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
+    ) -> Float[Array, "b l"]:
+        """The lexical weight of each token; 0 at padding (mask False) and at CLS, EOS, PAD and UNK, which are no terms."""
+        is_term = mask & ~jnp.isin(ids, jnp.array(self.unused_ids))
+        return jnp.where(is_term, jax.nn.relu(self.sparse_linear(hidden)[..., 0]), 0.0)
+
+    def colbert(self, hidden: Float[Array, "b l d"], width: int | None = None) -> Float[Array, "b l c"]:
+        """The unit vector of each token; the first `width` numbers of it, normalised again, where a width is given."""
+        return normalize(self.colbert_linear(hidden)[..., :width])
+
+
+def packed_dense(
+    hidden: Float[Array, "b l d"], slots: Int[Array, "b k m"], width: int | None = None
+) -> Float[Array, "b k w"]:
+    """The dense vectors of k texts a row: the mean of the hidden states of each one's CLS tokens, normalised (PAPER §5).
+
+    slots: their columns, -1 where a text has fewer than m; a text of one has that CLS's vector to the bit. width: as in
+    `Heads.colbert`.
+    """
+    there = slots >= 0
+    states = jax.vmap(lambda rows, at: rows[at])(hidden[..., :width], jnp.maximum(slots, 0))  # [b, k, m, w]
+    count = jnp.maximum(there.sum(axis=2), 1)
+    return normalize(jnp.where(there[..., None], states, 0.0).sum(axis=2) / count[..., None])

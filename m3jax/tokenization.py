@@ -10,7 +10,20 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+# PAPER §5: content tokens between two CLS tokens.
+MCLS_RUN = 256
+
 _REQUIRED = {"cls_id": "<s>", "pad_id": "<pad>", "eos_id": "</s>", "unk_id": "<unk>"}
+
+
+def cls_columns(length: int, *, mcls: bool) -> range:
+    """The columns of the CLS tokens in a text of that many ids: the first, and with mcls each that opens a run.
+
+    >>> list(cls_columns(258, mcls=True)), list(cls_columns(260, mcls=True))
+    ([0], [0, 257])
+    """
+    # The last id is </s>, which opens no run.
+    return range(0, max(length - 1, 1), MCLS_RUN + 1) if mcls else range(1)
 
 
 class Tokenizer:
@@ -65,11 +78,15 @@ class Tokenizer:
         """The largest id + 1, added tokens included: the rows that an embedding table must have."""
         return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, texts: Sequence[str], max_length: int | None = None) -> tuple[list[np.ndarray], int]:
+    def encode(
+        self, texts: Sequence[str], max_length: int | None = None, *, mcls: bool = False, first: int = 0
+    ) -> tuple[list[np.ndarray], int]:
         """Token ids of each text, int32 `[length]` with `<s>` first and `</s>` last, and the number of texts cut.
 
         A text longer than `max_length` ids keeps its first `max_length - 1` and `</s>`, as Hugging Face truncation
-        does; the caller tells the user how many were cut. ValueError for what is not a str or not valid Unicode.
+        does; the caller tells the user how many were cut. mcls: a `<s>` stands before every 256 tokens and counts as one
+        (PAPER §5); `cls_columns` says where. ValueError for what is not a str or not valid Unicode, which is counted from
+        `first` on.
         """
         if isinstance(texts, str):
             raise ValueError("texts must be a sequence of str; one str came. Pass [text].")
@@ -78,7 +95,7 @@ class Tokenizer:
         texts = list(texts)
         for index, text in enumerate(texts):
             if not isinstance(text, str):
-                raise ValueError(f"texts[{index}] must be a str; {type(text).__name__} came: {text!r:.80}")
+                raise ValueError(f"texts[{first + index}] must be a str; {type(text).__name__} came: {text!r:.80}")
         try:
             encodings = self._inner.encode_batch_fast(texts)
         except TypeError as error:  # what the Rust side answers to a str that has no UTF-8 form
@@ -87,18 +104,22 @@ class Tokenizer:
                     text.encode("utf-8")
                 except UnicodeEncodeError as cause:
                     raise ValueError(
-                        f"texts[{index}] is not valid Unicode: lone surrogate {text[cause.start]!a} at character "
+                        f"texts[{first + index}] is not valid Unicode: lone surrogate {text[cause.start]!a} at character "
                         f"{cause.start}. Decode the source again, or use text.encode('utf-8', 'replace').decode()."
                     ) from error
             raise
         rows = [np.asarray(encoding.ids, np.int32) for encoding in encodings]
-        if max_length is None:
-            return rows, 0
+        room = max_length
+        if room and mcls:  # of the places but that of </s>, one in 257 is a <s>; the first of these a text has anyway
+            room -= -(-(room - 1) // (MCLS_RUN + 1)) - 1
         cut = 0
         for index, row in enumerate(rows):
-            if len(row) > max_length:
-                rows[index] = np.append(row[: max_length - 1], row[-1:])
+            if room and len(row) > room:
+                row = np.append(row[: room - 1], row[-1:])
                 cut += 1
+            if mcls:
+                row = np.insert(row, range(MCLS_RUN + 1, len(row) - 1, MCLS_RUN), self.cls_id)
+            rows[index] = row
         return rows, cut
 
     def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
