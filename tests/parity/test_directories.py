@@ -68,8 +68,8 @@ def test_a_masked_language_model_of_transformers(theirs, tmp_path, recwarn):
     np.testing.assert_array_equal(params["encoder"]["layers"][1]["up"]["kernel"], expected)
 
 
-def test_an_export_of_sentence_transformers(theirs, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs the peer extra")
+def test_an_export_of_sentence_transformers(theirs, tmp_path, peer_module):
+    sentence_transformers = peer_module("sentence_transformers")
     modules = importlib.import_module("sentence_transformers.models")
     _, directory = theirs()
     word = modules.Transformer(str(directory))
