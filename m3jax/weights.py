@@ -77,7 +77,12 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     config = M3Config.from_json(described.read_text(encoding="utf-8"), source=str(described))
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(directory):
-        tensors |= read_file(_file(directory, file))
+        shard = read_file(_file(directory, file))
+        if twice := sorted(shard.keys() & tensors.keys()):
+            raise ValueError(
+                f"{directory}: a tensor is in one shard; {', '.join(twice)} in {file} too; write them again"
+            )
+        tensors |= shard
     tensors = _without_lm_head(tensors, directory)
     absent = []
     for head, file in HEAD_FILES.items():
@@ -221,7 +226,9 @@ def _without_lm_head(tensors: dict[str, np.ndarray], directory: Path) -> dict[st
         warnings.warn(
             f"{directory}: the language-model head is dropped, M3 has none: {', '.join(sorted(head))}", stacklevel=3
         )
-    return {name.removeprefix(MLM_PREFIX): x for name, x in tensors.items() if name not in head}
+    encoder = {name: x for name, x in tensors.items() if name not in head}
+    # A name that is there with the prefix and without keeps it, and is left over.
+    return {k if (short := k.removeprefix(MLM_PREFIX)) in encoder else short: x for k, x in encoder.items()}
 
 
 def weight_files(directory: Path) -> list[str]:
