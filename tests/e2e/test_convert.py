@@ -212,7 +212,7 @@ def test_ctrl_c(released, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pickles, "write", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; nothing was written"):
+    with pytest.raises(SystemExit, match="interrupted; nothing was finished"):
         main(["to-pytorch", str(released), str(tmp_path / "new")])
     assert list(tmp_path.iterdir()) == []
 
@@ -298,6 +298,26 @@ def test_wrong_tensors_are_all_listed_and_nothing_is_written(released, tmp_path)
     assert "missing: encoder.layer.1.output.dense.bias" in str(end.value)
     assert "left over: lm_head.bias" in str(end.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong"]
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules |= dict.fromkeys(("torch", "transformers", "sentence_transformers", "FlagEmbedding"))  # importing one fails
+from convert.__main__ import main
+source, folder = sys.argv[1:]
+main(["from-pytorch", source, f"{folder}/orbax"])
+main(["to-pytorch", f"{folder}/orbax", f"{folder}/model", "--format", "pickle"])
+main(["merge", source, f"{folder}/orbax", "--weights", "0.5,0.5", f"{folder}/merged"])
+main(["inspect", f"{folder}/model"])
+main(["verify", f"{folder}/merged", f"{folder}/model"])
+"""
+
+
+def test_without_torch(released, tmp_path):
+    """`verify` too, where m3jax runs both sides."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(finite(released, tmp_path)), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "alike within tolerance" in done.stdout, done.stderr
 
 
 def test_the_program(tmp_path):
