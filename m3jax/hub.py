@@ -34,10 +34,10 @@ def fetch(source: str | Path, *, revision: str | None = None) -> Path:
 
     A name is `owner/name`, or xlm-roberta-base or -large.
 
-    Fetched are config.json, tokenizer.json, one form of the weights (model.safetensors, else its
-    shards, else pytorch_model.bin) and the two head files where they exist; what the cache has already is not fetched again,
-    and the bytes of the rest are said on stderr first. revision: a branch, tag or commit; None is main. Offline
-    (HF_HUB_OFFLINE=1), or where the hub does not answer, the cached copy serves; only the latter is said.
+    Fetched are config.json, tokenizer.json, one form of the weights (model.safetensors, else its shards, else
+    pytorch_model.bin) and the two head files where they exist; what the cache has already is not fetched again, and the bytes
+    of the rest are said on stderr first. revision: a branch, tag or commit; None is main. Offline (HF_HUB_OFFLINE=1), or where
+    the hub does not answer, the cached copy serves; only the latter is said.
 
     Raises ValueError where source is neither a directory nor a name, where the hub has no such repository, revision or file,
     where there is no answer and no cached copy, and on a download that breaks or comes short, which leaves no file behind.

@@ -84,7 +84,14 @@ def test_a_model_without_a_pooler(released, tmp_path):
     safetensors.numpy.save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
     main(["from-pytorch", str(directory), str(tmp_path / "orbax")])
     main(["to-pytorch", str(tmp_path / "orbax"), str(tmp_path / "model")])
-    assert tensors(tmp_path / "model") == tensors(directory)
+    written, before = tensors(tmp_path / "model"), tensors(directory)
+    added = {name for name in written if name not in before}
+    assert {name: written[name] for name in before} == before
+    assert added == {("model.safetensors", f"pooler.dense.{x}") for x in ("weight", "bias")}
+    assert not any(
+        any(written[name][2]) for name in added
+    )  # zeros: a pooler that transformers draws at random it warns of
+    assert sources.read(tmp_path / "model")[0] == sources.read(tmp_path / "orbax")[0] == sources.read(directory)[0]
 
 
 def test_both_load_as_the_same_model(released, tmp_path):

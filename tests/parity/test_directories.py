@@ -59,11 +59,12 @@ def test_to_jax_and_back_is_bit_identical_in_transformers(theirs, tmp_path, dtyp
     assert tokenizer("a house").input_ids == m3jax.load(tmp_path / "ours").tokenizer.encode(["a house"])[0][0].tolist()
 
 
-def test_the_peers_load_in_silence_and_answer_alike(theirs, tmp_path, peer_module, caplog, capfd, recwarn):
+@pytest.mark.parametrize("kind", ["XLMRobertaModel", "XLMRobertaForMaskedLM"])  # with a pooler and without
+def test_all_load_in_silence_and_answer_alike(kind, theirs, tmp_path, peer_module, caplog, capfd, recwarn):
     """What a conversion wrote, in FlagEmbedding and in sentence-transformers; the card's lines are test_card_parity.py's."""
     peer = peer_module("FlagEmbedding").BGEM3FlagModel
     sentence_transformer = peer_module("sentence_transformers").SentenceTransformer
-    _, directory = theirs()
+    _, directory = theirs(kind=kind)
     main(["from-pytorch", str(directory), str(tmp_path / "orbax"), "--heads", "init"])
     main(["to-pytorch", str(tmp_path / "orbax"), str(tmp_path / "ours"), "--format", "pickle"])
     ours = m3jax.encode(m3jax.load(tmp_path / "ours"), "the old river")
@@ -71,6 +72,7 @@ def test_the_peers_load_in_silence_and_answer_alike(theirs, tmp_path, peer_modul
     capfd.readouterr()
     transformers.logging.enable_propagation()
     with caplog.at_level(logging.INFO):
+        transformers.XLMRobertaModel.from_pretrained(tmp_path / "ours")
         one = peer(str(tmp_path / "ours"), use_fp16=False, devices="cpu")
         two = sentence_transformer(str(tmp_path / "ours"), device="cpu")
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
