@@ -118,8 +118,13 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
     config, tokenizer = describe(directory)
     step = _step(Path(directory).absolute())
     assert step is not None
-    # Two gigabytes in flight are more than the largest table of any released model, and bound what a restore takes beside it.
-    handler, folder = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2), epath.Path(step / PARAMS)
+    # Two gigabytes in flight are more than the largest table of any released model, and bound what a restore takes beside it:
+    # for jax.Array. NumPy arrays Orbax reads all at once, with what is stored of each beside it, so they come in turn here.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _in_turn()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2, type_handler_registry=registry)
+    folder = epath.Path(step / PARAMS)
     stored = stored_shapes(directory)
     expected = shapes(config)
     check_tree(
@@ -140,6 +145,19 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
         )
     params = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=_string_keys(how)))
     return config, unflatten(flatten(params)), tokenizer
+
+
+def _in_turn() -> Any:
+    """Orbax's handler of NumPy arrays, reading one after the other."""
+    import orbax.checkpoint as ocp
+
+    class InTurn(ocp.type_handlers.NumpyHandler):
+        async def deserialize(self, infos: Any, args: Any = None) -> Any:
+            read = super().deserialize
+            args = args or [ocp.RestoreArgs()] * len(infos)
+            return [x for info, arg in zip(infos, args, strict=True) for x in await read([info], [arg])]
+
+    return InTurn()
 
 
 def _description(config: M3Config, tokenizer: Tokenizer) -> dict[str, Any]:
