@@ -34,7 +34,7 @@ from train.console import describe, say
 from train.data import cldr
 from train.data.builders import prepare
 from train.data.pipeline import Batch, LengthGroup, make_batches
-from train.evaluate import Evaluation, Task, evaluate, read_task, read_tasks
+from train.evaluate import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
 from train.optimizer import learning_rate, make_optimizer
@@ -42,6 +42,7 @@ from train.release import card_of_run
 from train.report import write_report
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
+from train.tasks import Task, read_task, read_tasks
 
 _DEMO = "cldr"
 
