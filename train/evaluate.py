@@ -311,7 +311,7 @@ def _chosen(
     """The weights of both hybrid functions that are best on these tasks; says how good they are there."""
     parts = [(task, _encode(m3, task, FUNCTIONS, max_length, query_max_length, progress=True)) for task in tasks]
     encoded = [(task, part.queries, part.passages) for task, part in parts]
-    chosen = {by: choose_weights(by, encoded, rerank=rerank) for by in HYBRIDS}
+    chosen: dict[Hybrid, tuple[Weights, float]] = {by: choose_weights(by, encoded, rerank=rerank) for by in HYBRIDS}
     print(f"weights of dense, sparse, colbert, chosen on {', '.join(task.name for task in tasks)}:")
     for by, (weights, ndcg) in chosen.items():
         print(f"  {_shown({by: weights})}: nDCG@10 {ndcg:.3f} there")
@@ -350,7 +350,9 @@ def _encode(
                 progress=progress,
             )
         )
-    return _Encoded(*embeddings, *terms, warnings)
+    queries, passages = embeddings
+    query_terms, passage_terms = terms
+    return _Encoded(queries, passages, query_terms, passage_terms, warnings)
 
 
 def _weights(text: str) -> tuple[Hybrid, Weights]:
