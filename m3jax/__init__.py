@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from m3jax.representations import Representations as Representations
     from m3jax.retrieval import score as score
     from m3jax.retrieval import search as search
+    from m3jax.shards import open_embeddings as open_embeddings
     from m3jax.tokenization import Tokenizer as Tokenizer
 
 # Resolved at first use (PEP 562): flax alone would make `import m3jax` 1.6 times `import jax`.
@@ -33,6 +34,7 @@ _HOME = {
     "encode": "embedder",
     "init": "model",
     "load": "embedder",
+    "open_embeddings": "shards",
     "save": "embedder",
     "score": "retrieval",
     "search": "retrieval",
