@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m3jax.config import M3Config as M3Config
+    from m3jax.corpus import encode_to as encode_to
     from m3jax.embedder import encode as encode
     from m3jax.embedder import load as load
     from m3jax.embedder import save as save
@@ -32,6 +33,7 @@ _HOME = {
     "Tokenizer": "tokenization",
     "apply": "model",
     "encode": "embedder",
+    "encode_to": "corpus",
     "init": "model",
     "load": "embedder",
     "open_embeddings": "shards",
