@@ -62,13 +62,15 @@ def load(
 
 def _keep_compilations() -> None:
     config: Any = jax.config  # its attributes have no types
-    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+    if not config.jax_enable_compilation_cache:
         return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(caches / "m3jax"))
-    # A layer compiles in less than the second from which JAX keeps things, but a corpus needs dozens of them.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()  # JAX looks for the folder once, at the first compilation, which may have been
+    if config.jax_persistent_cache_min_compile_time_secs == 1.0:  # JAX's default
+        # A layer compiles in less than the second from which JAX keeps things, but a corpus needs dozens of them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "m3jax"))
+        compilation_cache.reset_cache()  # JAX looks for the folder once, at the first compilation, which may have been
 
 
 def save(m3: M3, directory: str | Path, *, card: str | None = None) -> None:
@@ -132,13 +134,15 @@ def encode(
         )
     if not (dense or sparse or colbert):
         raise ValueError("encode must give something: pass dense=True, sparse=True or colbert=True")
-    narrowest = min(
-        m3.config.hidden_size if dense else m3.config.colbert_dim, m3.config.colbert_dim if colbert else longest
-    )
-    if truncate_dim is not None and not 1 <= truncate_dim <= narrowest:
+    widths = [m3.config.hidden_size] * dense + [m3.config.colbert_dim] * colbert
+    if truncate_dim is not None and not (widths and 1 <= truncate_dim <= min(widths)):
         raise ValueError(
-            f"truncate_dim must be between 1 and the width of the vectors, {narrowest}, got {truncate_dim}"
+            f"truncate_dim must be between 1 and the width of the vectors that are asked for, {min(widths)}, got {truncate_dim}"
+            if widths
+            else f"truncate_dim cuts dense and colbert vectors, and neither is asked for; got {truncate_dim}"
         )
+    if not isinstance(instruction, str):
+        raise ValueError(f"instruction must be a str, got {type(instruction).__name__}: {instruction!r:.80}")
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     single = isinstance(texts, str)
