@@ -4,7 +4,6 @@ Not here: the files (shards.py), the embeddings themselves (embedder.py).
 """
 
 import hashlib
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -19,8 +18,8 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from m3jax import paths, provenance, room, shards
-from m3jax.embedder import encode
 from m3jax.embeddings import Embeddings
+from m3jax.encoding import make_plan, run, say_cut
 from m3jax.model import M3
 from m3jax.shards import COLBERT_DTYPES, ColbertDtype
 
@@ -79,12 +78,21 @@ def encode_to(
         raise ValueError(f"encode_to: colbert_dtype must be one of {', '.join(COLBERT_DTYPES)}, got {colbert_dtype!r}")
     if shard_texts < 1:
         raise ValueError(f"encode_to: shard_texts must be at least 1, got {shard_texts}")
-    if max_length is None:
-        max_length = m3.config.max_length
+    # Refuses what `encode` refuses before anything is written.
+    plan = make_plan(
+        m3.config,
+        dense=dense,
+        sparse=sparse,
+        colbert=colbert,
+        max_length=max_length,
+        instruction=instruction,
+        truncate_dim=truncate_dim,
+        mcls=mcls,
+        batch_tokens=batch_tokens,
+    )
+    max_length = plan.max_length
     asked = {"dense": dense, "sparse": sparse, "colbert": colbert, "max_length": max_length}
     asked |= {"instruction": instruction, "truncate_dim": truncate_dim, "mcls": mcls}
-    encode_some = partial(encode, m3, **asked, batch_tokens=batch_tokens, progress=False)
-    encode_some([])  # refuses what it refuses before anything is written
     directory = Path(directory)
     _begin(directory, provenance.settings(m3, asked, colbert_dtype, shard_texts))
 
@@ -121,9 +129,9 @@ def encode_to(
                 mine = missing % jax.process_count() == jax.process_index()
                 missing += 1
                 if mine or together:
-                    rows, cut = _counting_cut(encode_some, group.texts)
+                    parts, cut = run(m3, group.texts, plan, progress=False)
                     if mine:
-                        writer.put(group, rows, cut)
+                        writer.put(group, Embeddings(*parts), cut)
             bar.update(len(group.texts))
     # By looking, because one process may wait for another's shard for hours, which is no time for a collective.
     needed = set(range(group.index + 1))
@@ -135,7 +143,7 @@ def encode_to(
     total = shards.read_json(directory / shards.FINISHED)
     if total["cut"]:
         warnings.warn(
-            f"{total['cut']} of {total['texts']} texts are longer than max_length = {max_length} tokens and were cut to it",
+            say_cut(total["cut"], total["texts"], max_length),
             stacklevel=2,
         )
     return shards.open_embeddings(directory)
@@ -242,23 +250,6 @@ class _Writer:
         self._pool.shutdown()
         if error is None:
             self._wait()
-
-
-_CUT = re.compile(r"(\d+) of \d+ texts are longer than max_length")
-
-
-def _counting_cut(encode_some: Callable[[list[str]], Embeddings], texts: list[str]) -> tuple[Embeddings, int]:
-    """The rows of a shard and how many texts were cut, which encode warns of: of a corpus it is said once, at the end."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        rows = encode_some(texts)
-    cut = 0
-    for warning in caught:
-        if found := _CUT.match(str(warning.message)):
-            cut += int(found[1])
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    return rows, cut
 
 
 def _check_no_more(directory: Path, count: int) -> None:

@@ -57,13 +57,14 @@ def forward(config: M3Config, params: Params, batch: PackedIds, asked: Asked) ->
 
 def mesh_of(params: Params) -> Mesh | None:
     """The mesh that parameters lie on; None where they are on one device."""
-    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)  # NumPy's arrays have none
     return mesh if mesh is not None and mesh.size > 1 else None
 
 
 def backend(params: Params) -> Literal["cpu", "gpu", "tpu"]:
     """Where parameters lie."""
-    platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
+    one = jax.tree.leaves(params)[0]
+    platform = next(iter(one.devices())).platform if isinstance(one, jax.Array) else jax.default_backend()
     return platform if platform in ("cpu", "tpu") else "gpu"
 
 

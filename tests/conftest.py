@@ -1,6 +1,11 @@
 """Fixtures that more than one test file needs; what only one needs stands in that file."""
 
 import json
+import os
+
+# Before anything imports JAX: no test writes into the user's folders, and each compiles for itself; e2e/test_encode.py turns it
+# on again.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import pytest
 import tokenizers
