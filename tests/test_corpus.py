@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import tracemalloc
-import warnings
 from pathlib import Path
 
 import jax
@@ -135,8 +134,10 @@ def test_it_goes_on_where_it_was_stopped(m3, tmp_path, whole, after, monkeypatch
     if after:
         with pytest.raises(ValueError, match="not finished"):
             m3jax.open_embeddings(directory)
-    encoded, encode = [], corpus.encode
-    monkeypatch.setattr(corpus, "encode", lambda m3, texts, **more: encoded.extend(texts) or encode(m3, texts, **more))
+    encoded, run = [], corpus.run
+    monkeypatch.setattr(
+        corpus, "run", lambda m3, texts, *more, **how: encoded.extend(texts) or run(m3, texts, *more, **how)
+    )
     (directory / "partial-00000001-of-a-killed-run").mkdir(parents=True)
     m3jax.encode_to(directory, m3, (text for text in TEXTS), **SMALL)
     assert files(directory) == whole
@@ -292,7 +293,7 @@ def test_what_else_is_there_is_left(m3, tmp_path):
 def test_bad_arguments(m3, tmp_path):
     for arguments, error, message in (
         ({"max_lenght": 3}, TypeError, "max_lenght"),
-        ({"truncate_dim": 17}, ValueError, "between 1 and the width of the vectors, 16, got 17"),
+        ({"truncate_dim": 17}, ValueError, "between 1 and the width of the vectors that are asked for, 16, got 17"),
         ({"shard_texts": 0}, ValueError, "shard_texts must be at least 1, got 0"),
         ({"colbert_dtype": "int4"}, ValueError, "colbert_dtype must be one of float16, int8, float32, got 'int4'"),
         ({"max_length": 99}, ValueError, "2 to 38, got 99"),
@@ -333,20 +334,6 @@ def raising(texts, after, error):
     raise error
 
 
-def test_other_warnings_of_encode_come_through(m3, tmp_path, monkeypatch):
-    encode = corpus.encode
-
-    def warns(m3, texts, **more):
-        if texts == TEXTS[5:10]:
-            warnings.warn("a batch was halved", stacklevel=2)
-        return encode(m3, texts, **more)
-
-    monkeypatch.setattr(corpus, "encode", warns)
-    with pytest.warns(UserWarning, match="halved") as caught:
-        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
-    assert len(caught) == 1
-
-
 def said(capsys):
     return capsys.readouterr().err.splitlines()
 
@@ -376,7 +363,7 @@ def test_the_size_is_said_first(m3, tmp_path, capsys):
 
 def test_what_does_not_fit_is_refused_before_it_begins(m3, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "free", lambda directory: 23 * 64 + 100)
-    monkeypatch.setattr(corpus, "_counting_cut", lambda *arguments: pytest.fail("it encoded"))
+    monkeypatch.setattr(corpus, "run", lambda *arguments, **how: pytest.fail("it encoded"))
     with pytest.raises(ValueError, match=r"about [\d,]+ bytes are to be written, but 1,572 are free; make room"):
         m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
 
