@@ -16,6 +16,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from m3jax import layout
+
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -29,9 +31,8 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# What two cores write fastest (RESULTS.md): larger pieces take more of the system's time, and transposing without strips is
-# half as fast.
-_PIECE_BYTES, _STRIP, _THREADS = 2**19, 64, 2
+# What two cores write fastest (RESULTS.md, "Weights in and out"): from 2 MiB on the system takes several times as long.
+_PIECE_BYTES, _THREADS = 2**19, 2
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -106,11 +107,9 @@ def _write_at(file: int, start: int, x: np.ndarray) -> None:
     for first in range(0, len(x), rows):
         piece = x[first : first + rows]
         if not piece.flags.c_contiguous:
-            # Of a transposed view neighbours lie a row apart; a narrow strip of both fits into the nearest cache.
-            for column in range(0, x.shape[1], _STRIP):
-                copy[: len(piece), column : column + _STRIP] = piece[:, column : column + _STRIP]
+            layout.copy(copy[: len(piece)], piece)
             piece = copy[: len(piece)]
-        content = memoryview(piece.reshape(-1).view(np.uint8))
+        content = piece.reshape(-1).view(np.uint8).data
         while content:  # a write may be cut short
             done = os.pwrite(file, content[:_PIECE_BYTES], start)
             start, content = start + done, content[done:]
