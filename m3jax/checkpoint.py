@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from m3jax import paths
+from m3jax import layout, paths
 from m3jax.config import M3Config
 from m3jax.model import M3, Params, check_tree, flatten, shapes, unflatten
 from m3jax.tokenization import Tokenizer
@@ -21,7 +21,8 @@ from m3jax.tokenization import Tokenizer
 MODEL, PARAMS = "m3", "params"  # the two items of a step that make a model
 _MARKER = f"{MODEL}/metadata"  # where there is this file, the step is whole
 _WRITTEN = (f"{MODEL}/", f"{PARAMS}/", "_CHECKPOINT_METADATA", "commit_success.txt")  # what a step's files begin with
-_CHUNK_BYTES = 64 * 2**20
+# A hundred files of 16 MiB take half as long as ten of 200: the system writes small pieces faster, and several at a time.
+_CHUNK_BYTES = _FILE_BYTES = 16 * 2**20
 
 
 def is_checkpoint(directory: str | Path) -> bool:
@@ -66,7 +67,8 @@ def write(m3: M3, directory: str | Path, *, replace: bool = False, progress: boo
             f"{directory} must be new{' or hold what an earlier conversion wrote' * replace}, but {came}; choose another "
             "name, or move that elsewhere"
         )
-    params = _string_keys(jax.tree.map(np.asarray, m3.params))
+    # tensorstore takes ten times as long over transposed views as over rows, which it writes without a copy
+    params = _string_keys(layout.row_major(jax.tree.map(np.asarray, m3.params)))
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     # Without compression, which gains 7% on weights and takes most of the time; in chunks that a mesh can read in parts;
     # and without the copy of all arrays that Orbax makes for callers who go on changing them.
@@ -80,7 +82,7 @@ def write(m3: M3, directory: str | Path, *, replace: bool = False, progress: boo
     )
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
     items = {
-        PARAMS: ocp.args.PyTreeSave(params, save_args=chunks),
+        PARAMS: ocp.args.PyTreeSave(params, save_args=chunks, ocdbt_target_data_file_size=_FILE_BYTES),
         MODEL: ocp.args.JsonSave(_description(m3.config, m3.tokenizer)),
     }
     handlers = {PARAMS: handler, MODEL: ocp.JsonCheckpointHandler()}
