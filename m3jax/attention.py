@@ -5,6 +5,7 @@ fused kernels do not have.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,8 @@ def attention(
 def _platform() -> str:
     """What the program in hand is for: the platform of the mesh in context, whose devices this host need not have (a program
     can be compiled for another machine), else that of the default device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
+    config: Any = jax.config  # its attributes have no types
+    device = jax.sharding.get_abstract_mesh().abstract_device or config.jax_default_device
     return getattr(device, "platform", device) or jax.default_backend()
 
 

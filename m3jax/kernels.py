@@ -108,7 +108,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, *, interpret: bool) -
     mask = masks.MultiHeadMask([masks.FullMask((filled, filled))] * heads)
 
     def attend(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        kernel = kernels.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+        kernel: Any = kernels.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
         # splash does not scale; q · 1/√64 loses nothing in bfloat16.
         return jax.vmap(kernel)(q * width**-0.5, k, v, kernels.SegmentIds(segments, segments))
 

@@ -60,12 +60,22 @@ def test_a_kernel_equals_the_chunked_form(kernel, length, block, dtype, close, m
 
 
 def xla_for_cudnn(attend):
-    """`jax.nn.dot_product_attention` by XLA in place of cuDNN, with NaN at what cuDNN leaves open: past the lengths."""
+    """`jax.nn.dot_product_attention` by XLA in place of cuDNN, which leaves what is past the lengths open."""
+
+    @jax.custom_vjp
+    def open_gradient(x, there):
+        return x
+
+    open_gradient.defvjp(
+        lambda x, there: (x, there), lambda there, gradient: (jnp.where(there, gradient, jnp.nan), None)
+    )
 
     def call(q, k, v, *, query_seq_lengths, key_value_seq_lengths, implementation):
         assert implementation == "cudnn"
+        there = jnp.arange(q.shape[1])[:, None, None] < query_seq_lengths[:, None, None, None]
+        q, k, v = (open_gradient(x, there) for x in (q, k, v))
         out = attend(q, k, v, query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths)
-        return jnp.where(jnp.arange(q.shape[1])[:, None, None] < query_seq_lengths[:, None, None, None], out, jnp.nan)
+        return jnp.where(there, out, jnp.nan)
 
     return call
 

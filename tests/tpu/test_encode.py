@@ -19,7 +19,7 @@ from m3jax.sharding import BATCH
 CONFIG = M3Config.bge_m3()
 MEMORY = {"v5e": 16, "v6e": 32}  # GB a device
 # Tokens of the texts of the three mixes of tests/benchmarks/encode.py: queries, passages, documents.
-MIXES = {"queries": (5, 40, 4000), "passages": (50, 400, 2000), "documents": (1000, 8192, 400)}
+MIXES = {"queries": (5, 40, 4000), "passages": (50, 400, 2000), "documents": (1000, 8192, 100)}
 COLLECTIVE = re.compile(r"\b(?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
