@@ -1,11 +1,17 @@
 """Exact softmax attention by segment ids: the fastest form of each backend, in memory that grows linearly with length.
 
-Not here: projections (xlm_roberta.py) and any dropout on attention weights, which fused kernels do not have.
+Not here: the kernels of GPU and TPU (kernels.py), projections (xlm_roberta.py), and any dropout on attention weights, which
+fused kernels do not have.
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from m3jax.kernels import cudnn, flash, splash
 
 # Rows up to this long are computed at once, longer ones head by head in blocks of queries. Two CPU cores, 12 heads of 64, one
 # row of 4096, microseconds a token in float32 and bfloat16, blocks of 64, 128, 256, 512: 169, 116, 121, 146 and 145, 106, 83,
@@ -17,12 +23,51 @@ _UNSEEN = -1e30
 
 
 def attention(
-    q: Float[Array, "b l h k"], k: Float[Array, "b l h k"], v: Float[Array, "b l h k"], segments: Int[Array, "b l"]
+    q: Float[Array, "b l h k"],
+    k: Float[Array, "b l h k"],
+    v: Float[Array, "b l h k"],
+    segments: Int[Array, "b l"],
+    *,
+    packed: bool = True,
 ) -> Float[Array, "b l h k"]:
-    """softmax(q kᵀ / √k) v, each token over the tokens of its own segment; segment 0 is padding, whose rows are undefined.
+    """softmax(q kᵀ / √k) v, each token over the tokens of its own segment; segment 0 is padding, whose rows are undefined but
+    finite.
 
-    Scores and softmax are float32 whatever the inputs are; the result has q's dtype.
+    Scores and softmax are float32 whatever the inputs are; the result has q's dtype. packed: rows may hold several texts; False
+    promises one text a row, from column 0 on, for which GPUs have a faster kernel. TPU: splash, for lengths that 128 divides.
+    GPU: cuDNN, or for packed rows that 64 divides Pallas, both for halves. All else: blocks of queries, in JAX.
     """
+    platform = _platform()
+    if platform == "tpu" and q.shape[1] % 128 == 0:
+        return splash(q, k, v, segments)
+    if platform == "gpu" and q.dtype.itemsize == 2 and q.shape[3] in (16, 32, 64, 128) and _gpu_has_kernels():
+        if not packed:
+            return cudnn(q, k, v, segments)
+        if q.shape[1] % 64 == 0:
+            return flash(q, k, v, segments)
+    return _chunked(q, k, v, segments)
+
+
+def _platform() -> str:
+    """What the program in hand is for: the platform of the mesh in context, whose devices this host need not have (a program
+    can be compiled for another machine), else that of the default device."""
+    config: Any = jax.config  # its attributes have no types
+    device = jax.sharding.get_abstract_mesh().abstract_device or config.jax_default_device
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
+@functools.cache
+def _gpu_has_kernels() -> bool:
+    """cuDNN's attention and Triton's products of halves need an NVIDIA GPU from Ampere (8.0) on, and cuDNN one in this host."""
+    try:
+        device = jax.local_devices(backend="gpu")[0]
+    except RuntimeError:
+        return False
+    major = str(getattr(device, "compute_capability", "")).split(".")[0]
+    return major.isdecimal() and int(major) >= 8  # AMD's are named gfx90a and the like
+
+
+def _chunked(q: Array, k: Array, v: Array, segments: Array) -> Array:
     length = q.shape[1]
     if length <= _WHOLE:
         return _attend(q, k, v, segments, segments)

@@ -3,7 +3,6 @@
 Not here: texts and results (embedder.py), the model as one pure function (model.apply).
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ from m3jax.batching import PackedIds
 from m3jax.config import M3Config
 from m3jax.heads import Heads, packed_dense
 from m3jax.model import Params
-from m3jax.sharding import BATCH
+from m3jax.sharding import BATCH, make_mesh
 from m3jax.xlm_roberta import Embeddings, Layer
 
 
@@ -48,10 +47,12 @@ def forward(config: M3Config, params: Params, batch: PackedIds, asked: Asked) ->
     mesh = mesh_of(params)
     ids, positions, segments, slots = (_place(x, mesh) for x in batch[:4])
     # Products of float32 parameters are float32 on every backend; GPUs and TPUs would round them first.
-    with jax.default_matmul_precision("highest"), jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with jax.default_matmul_precision("highest"), jax.set_mesh(mesh or _one_device(params)):
         hidden = _embed(config, params["encoder"]["embeddings"], ids, positions)
+        # Only on GPU does it matter, and a shape would be compiled twice.
+        packed = backend(params) != "gpu" or slots.shape[1] > 1
         for number in range(config.num_hidden_layers):
-            hidden = _layer(config, params["encoder"]["layers"][number], hidden, segments)
+            hidden = _layer(config, packed, params["encoder"]["layers"][number], hidden, segments)
         return _heads(config, asked, _spans_processes(mesh), params["heads"], hidden, ids, segments, slots)
 
 
@@ -59,6 +60,11 @@ def mesh_of(params: Params) -> Mesh | None:
     """The mesh that parameters lie on; None where they are on one device."""
     mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)  # NumPy's arrays have none
     return mesh if mesh is not None and mesh.size > 1 else None
+
+
+def _one_device(params: Params) -> Mesh:
+    # A mesh tells `attention` which backend computes, which need not be the default one.
+    return make_mesh(devices=list(jax.tree.leaves(params)[0].devices()))
 
 
 def backend(params: Params) -> Literal["cpu", "gpu", "tpu"]:
@@ -99,9 +105,9 @@ def _embed(config: M3Config, params: Params, ids: Array, positions: Array) -> Ar
     return nnx.merge(_graph(Embeddings, config), params)(ids, positions)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _layer(config: M3Config, params: Params, hidden: Array, segments: Array) -> Array:
-    return nnx.merge(_graph(Layer, config), params)(hidden, segments, 0.0, None)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _layer(config: M3Config, packed: bool, params: Params, hidden: Array, segments: Array) -> Array:
+    return nnx.merge(_graph(Layer, config), params)(hidden, segments, 0.0, None, packed=packed)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -121,7 +121,8 @@ def apply(
     """The representations of b texts, one a row: a pure function to jit, grad, vmap and shard.
 
     ids: token ids, `<s>` first, filled up with pad_token_id. mask: True at real tokens; texts start at column 0. Padding
-    changes nothing. dropout (probability on hidden states) needs a key; remat trades memory for a second forward pass.
+    changes nothing. dropout (probability on hidden states) needs a key; remat trades memory for a second forward pass. On a
+    mesh, call it under `jax.set_mesh`: the kernels of GPU and TPU are split by the mesh in context.
     An id past the vocabulary gives NaN. Raises ValueError where l is beyond the position table.
     """
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)
@@ -134,7 +135,9 @@ def apply(
         raise ValueError(f"dropout needs a PRNG key, got dropout={dropout} and key=None")
     network = nnx.merge(_abstract(config)[0], params)
     positions = positions_from_ids(ids, config.pad_token_id)
-    hidden = network.encoder(ids, positions, mask.astype(jnp.int32), dropout=dropout, key=key, remat=remat)
+    hidden = network.encoder(
+        ids, positions, mask.astype(jnp.int32), packed=False, dropout=dropout, key=key, remat=remat
+    )
     return network.heads(hidden, ids, mask)
 
 

@@ -101,14 +101,20 @@ class Layer(nnx.Module):
         self.heads = config.num_attention_heads
 
     def __call__(
-        self, hidden: Float[Array, "b l d"], segments: Int[Array, "b l"], dropout: float, key: Key[Array, ""] | None
+        self,
+        hidden: Float[Array, "b l d"],
+        segments: Int[Array, "b l"],
+        dropout: float,
+        key: Key[Array, ""] | None,
+        *,
+        packed: bool,
     ) -> Float[Array, "b l d"]:
         keys = (None, None) if key is None else jax.random.split(key)
         q, k, v = (
             project(hidden).astype(self.q.kernel.dtype).reshape(*hidden.shape[:2], self.heads, -1)
             for project in (self.q, self.k, self.v)
         )
-        attended = attention(q, k, v, segments).reshape(hidden.shape)
+        attended = attention(q, k, v, segments, packed=packed).reshape(hidden.shape)
         hidden = self.attention_norm(hidden + _drop(self.attention_out(attended), dropout, keys[0]))
         return self.output_norm(hidden + _drop(self.down(_gelu(self.up(hidden))), dropout, keys[1]))
 
@@ -128,13 +134,15 @@ class Encoder(nnx.Module):
         positions: Int[Array, "b l"],
         segments: Int[Array, "b l"],
         *,
+        packed: bool = True,
         dropout: float = 0.0,
         key: Key[Array, ""] | None = None,
         remat: bool = False,
     ) -> Float[Array, "b l d"]:
         """Hidden states of every token, float32.
 
-        ids, positions, segments: [b, l]; a token attends to the tokens of its own segment, segment 0 is padding.
+        ids, positions, segments: [b, l]; a token attends to the tokens of its own segment, segment 0 is padding. packed: as in
+        `attention`.
         dropout: probability on hidden states, in training only; needs `key`. remat: keep only each layer's input for the
         backward pass.
         """
@@ -142,23 +150,24 @@ class Encoder(nnx.Module):
         hidden = _drop(self.embeddings(ids, positions), dropout, keys[0])
         for layer, layer_key in zip(self.layers, keys[1:], strict=True):
             graph, state = nnx.split(layer)
-            run = functools.partial(_run, graph, dropout)
+            run = functools.partial(_run, graph, dropout, packed)
             hidden = (jax.checkpoint(run) if remat else run)(state, hidden, segments, layer_key)
         return hidden
 
 
 # A jit of its own, within the one of the caller: the layers are alike, so the first is traced and lowered for all, which takes
 # a third off compiling 24 of them.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
     graph: nnx.GraphDef[Layer],
     dropout: float,
+    packed: bool,
     state: nnx.State,
     hidden: Float[Array, "b l d"],
     segments: Int[Array, "b l"],
     key: Key[Array, ""] | None,
 ) -> Float[Array, "b l d"]:
-    return nnx.merge(graph, state)(hidden, segments, dropout, key)
+    return nnx.merge(graph, state)(hidden, segments, dropout, key, packed=packed)
 
 
 def _gelu(x: Array) -> Array:

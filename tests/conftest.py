@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 # Every call of the mathematics is checked against the shapes in its signature; before anything imports it.
-_MATHEMATICS = ("attention", "heads", "losses", "model", "scores", "xlm_roberta")
+_MATHEMATICS = ("attention", "heads", "kernels", "losses", "model", "scores", "xlm_roberta")
 install_import_hook([f"m3jax.{name}" for name in _MATHEMATICS], "beartype.beartype")
 
 from m3jax.tokenization import Tokenizer  # noqa: E402 (after the hook)

@@ -125,3 +125,48 @@ def test_memory_is_linear_in_length():
     live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     # One block of scores of one head, not 8192 × 8192.
     assert max(map(math.prod, array_shapes(live))) == 256 * 8192
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "length", "packed", "expected"),
+    [
+        ("tpu", jnp.bfloat16, 256, True, "splash"),
+        ("tpu", jnp.float32, 128, False, "splash"),
+        ("tpu", jnp.bfloat16, 200, True, "_chunked"),
+        ("gpu", jnp.bfloat16, 200, False, "cudnn"),
+        ("gpu", jnp.float16, 192, True, "flash"),
+        ("gpu", jnp.bfloat16, 200, True, "_chunked"),
+        ("gpu", jnp.float32, 256, False, "_chunked"),
+        ("cpu", jnp.bfloat16, 256, False, "_chunked"),
+        (None, jnp.bfloat16, 256, False, "_chunked"),
+    ],
+)
+def test_the_backend_of_the_mesh_in_context_decides(platform, dtype, length, packed, expected, monkeypatch):
+    called = []
+    for name in ("splash", "flash", "cudnn", "_chunked"):
+        monkeypatch.setattr(m3jax.attention, name, lambda q, *_, name=name: (called.append(name), q)[1])
+    monkeypatch.setattr(m3jax.attention, "_gpu_has_kernels", lambda: True)
+    x, segments = jax.ShapeDtypeStruct((2, length, 2, 64), dtype), jax.ShapeDtypeStruct((2, length), jnp.int32)
+    device = platform and jax.sharding.AbstractDevice("some", None, platform)
+    axes = ((), ()) if platform is None else ((2,), ("data",))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(*axes, abstract_device=device)):
+        jax.eval_shape(lambda q, s: m3jax.attention.attention(q, q, q, s, packed=packed), x, segments)
+    assert called == [expected]
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("9.0", True), ("7.5", False), ("gfx90a", False), (None, False)])
+def test_a_gpu_without_the_kernels_gets_the_form_without(capability, expected, monkeypatch):
+    """7.5 is older than Ampere, gfx90a AMD's; None: a program for a GPU that this host lacks, which cuDNN does not trace."""
+
+    class Device:
+        compute_capability = capability
+
+    def local_devices(backend):
+        if capability is None:
+            raise RuntimeError("no GPU")
+        return [Device()]
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    m3jax.attention._gpu_has_kernels.cache_clear()
+    assert m3jax.attention._gpu_has_kernels() is expected
+    m3jax.attention._gpu_has_kernels.cache_clear()

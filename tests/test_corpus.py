@@ -21,7 +21,6 @@ import pytest
 import m3jax
 from m3jax import corpus, shards
 from m3jax.config import M3Config
-from m3jax.embeddings import Embeddings
 from m3jax.model import M3, cast
 
 ROOT = Path(__file__).parents[1]
@@ -397,13 +396,13 @@ def test_a_shard_with_colbert_is_closed_by_its_size(m3, tmp_path, monkeypatch):
 
 
 def fake(m3, monkeypatch, megabytes=1, then=lambda texts: None):
-    """encode in place of which arrays of one size come."""
+    """run in place of which arrays of one size come."""
 
-    def encode(m3, texts, **more):
+    def run(m3, texts, plan, **more):
         then(texts)
-        return Embeddings(dense=np.ones((len(texts), megabytes * 2**18 // max(1, len(texts))), np.float32))
+        return (np.ones((len(texts), megabytes * 2**18 // max(1, len(texts))), np.float32), None, None), 0
 
-    monkeypatch.setattr(corpus, "encode", encode)
+    monkeypatch.setattr(corpus, "run", run)
 
 
 def test_memory_is_that_of_two_shards(m3, tmp_path, monkeypatch):
@@ -475,8 +474,8 @@ if mode == "together":
     everywhere = jax.NamedSharding(make_mesh(), jax.P())
     params = jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)), m3.params)
     m3 = m3jax.M3(m3.config, params, m3.tokenizer)
-encoded, encode, written, write = [], corpus.encode, [], shards.write_shard
-corpus.encode = lambda m3, some, **more: (some and encoded.append(texts.index(some[0]) // 5), encode(m3, some, **more))[1]
+encoded, run, written, write = [], corpus.run, [], shards.write_shard
+corpus.run = lambda m3, some, *more, **how: (encoded.append(texts.index(some[0]) // 5), run(m3, some, *more, **how))[1]
 shards.write_shard = lambda directory, index, *rest, **more: (written.append(index), write(directory, index, *rest, **more))
 got = m3jax.encode_to(directory, m3, texts, shard_texts=5, colbert=True)
 print(len(got), encoded, written)

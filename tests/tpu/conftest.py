@@ -1,0 +1,46 @@
+"""libtpu's compiler on a host without a TPU, and the table of what it compiled, printed at the end (RESULTS.md has it)."""
+
+import importlib.util
+import os
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from m3jax.sharding import make_mesh
+
+# What libtpu would ask the machine's surroundings for when it is loaded.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5e-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+# Nothing runs on a TPU here, nor on another accelerator that the host may have.
+jax.config.update("jax_platforms", "cpu")
+
+_TABLE: list[tuple[object, ...]] = []
+_HEAD = ("program", "chip", "devices", "rows × length", "compile, s", "memory a device, GB")
+
+
+@pytest.fixture
+def record():
+    """Adds a line to the table: program, chip, devices, shape, seconds, gigabytes."""
+    return lambda *cells: _TABLE.append(cells)
+
+
+@pytest.fixture(scope="session")
+def tpu_mesh():
+    """(chip, devices, …sizes of make_mesh) → a mesh of TPUs that are only described: programs for it compile and do not run."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, TPU's compiler, is not installed: pip install -e '.[test,tpu]'")
+    from jax.experimental import topologies
+
+    def mesh(chip: str, devices: int, **sizes: int) -> Mesh:
+        slice_of_8 = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x4").devices
+        return make_mesh(**sizes, devices=slice_of_8[:devices])
+
+    return mesh
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _TABLE:
+        terminalreporter.section("compiled for TPU; run on TPU: not measured")
+        for row in (_HEAD, ("---",) * len(_HEAD), *_TABLE):
+            cells = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row)
+            terminalreporter.write_line(f"| {' | '.join(cells)} |")

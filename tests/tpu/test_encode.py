@@ -1,0 +1,89 @@
+"""encode at 24 × 1024 in bfloat16, compiled for v5e and v6e in every shape that it uses; nothing runs on a TPU here."""
+
+import functools
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from m3jax import encoding, forward
+from m3jax.batching import arrange, pack
+from m3jax.config import M3Config
+from m3jax.model import cast, shapes
+from m3jax.sharding import BATCH
+
+CONFIG = M3Config.bge_m3()
+MEMORY = {"v5e": 16, "v6e": 32}  # GB a device
+# Tokens of the texts of the three mixes of tests/benchmarks/encode.py: queries, passages, documents.
+MIXES = {"queries": (5, 40, 4000), "passages": (50, 400, 2000), "documents": (1000, 8192, 100)}
+COLLECTIVE = re.compile(r"\b(?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def used(mix: str, devices: int) -> list[tuple[int, int, int]]:
+    """(rows, length, texts a row) of the batches of a mix, as encode packs them for TPUs."""
+    low, high, count = MIXES[mix]
+    lengths = np.random.default_rng(0).integers(low, high + 1, count)
+    rows = encoding._ROWS["tpu"]
+    packings = pack(
+        lengths,
+        batch_tokens=rows.batch_tokens * devices,
+        row_length=rows.row_length,
+        step=rows.step,
+        row_multiple=devices,
+    )
+    batches = (
+        arrange(packing, [np.zeros(lengths[text], np.int32) for text in packing.texts], 1) for packing in packings
+    )
+    return sorted({(*batch.ids.shape, batch.slots.shape[1]) for batch in batches})
+
+
+def compiled(mesh, rows, length, texts):
+    """Bytes of the parameters, and the programs of `forward.forward` for a shape; each device has all of them, as by load."""
+
+    def placed(tree, spec):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree)
+
+    params = placed(jax.eval_shape(functools.partial(cast, dtype=jnp.bfloat16), shapes(CONFIG)), PartitionSpec())
+    encoder = params["encoder"]
+    tokens = placed(jax.ShapeDtypeStruct((rows, length), jnp.int32), BATCH)
+    slots = placed(jax.ShapeDtypeStruct((rows, texts, 1), jnp.int32), BATCH)
+    hidden = placed(jax.ShapeDtypeStruct((rows, length, CONFIG.hidden_size), jnp.float32), BATCH)
+    asked = forward.Asked(dense=True, sparse=True, colbert=True)
+    with jax.default_matmul_precision("highest"), jax.set_mesh(mesh):
+        lowered = {
+            "embeddings": forward._embed.lower(CONFIG, encoder["embeddings"], tokens, tokens),
+            "layer": forward._layer.lower(CONFIG, True, encoder["layers"][0], hidden, tokens),
+            "heads": forward._heads.lower(CONFIG, asked, None, params["heads"], hidden, tokens, tokens, slots),
+        }
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    return weights, {name: program.compile() for name, program in lowered.items()}
+
+
+def activations(program) -> int:
+    """Bytes that a program needs on each device beyond its parameters, which lie there for all."""
+    used = program.memory_analysis()
+    # A donated argument is counted among the results too.
+    return used.temp_size_in_bytes + used.output_size_in_bytes
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("chip", MEMORY)
+def test_each_shape_compiles_with_the_kernel_and_fits(chip, devices, mix, tpu_mesh, record):
+    mesh = tpu_mesh(chip, devices)
+    for rows, length, texts in used(mix, devices):
+        start = time.perf_counter()
+        weights, programs = compiled(mesh, rows, length, texts)
+        seconds = time.perf_counter() - start
+        assert "splash_mha_fwd_segmented" in programs["layer"].as_text()
+        # The next batch is computed while the results of the last wait to be copied.
+        results = programs["heads"].memory_analysis().output_size_in_bytes
+        memory = (weights + max(map(activations, programs.values())) + results) / 1e9
+        record("encode", chip, devices, f"{rows} × {length}", seconds, memory)
+        assert memory < MEMORY[chip]
+        for name, program in programs.items():
+            assert not COLLECTIVE.findall(program.as_text()), f"{name} of {rows} × {length} moves activations"
