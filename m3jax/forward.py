@@ -64,14 +64,19 @@ def mesh_of(params: Params) -> Mesh | None:
 
 def _one_device(params: Params) -> Mesh:
     # A mesh tells `attention` which backend computes, which need not be the default one.
-    return make_mesh(devices=list(jax.tree.leaves(params)[0].devices()))
+    return make_mesh(devices=[_device(params)])
 
 
 def backend(params: Params) -> Literal["cpu", "gpu", "tpu"]:
     """Where parameters lie."""
-    one = jax.tree.leaves(params)[0]
-    platform = next(iter(one.devices())).platform if isinstance(one, jax.Array) else jax.default_backend()
+    platform = _device(params).platform
     return platform if platform in ("cpu", "tpu") else "gpu"
+
+
+def _device(params: Params) -> jax.Device:
+    """A device of the parameters; NumPy's arrays go to the default one."""
+    one = jax.tree.leaves(params)[0]
+    return next(iter(one.devices())) if isinstance(one, jax.Array) else jax.devices()[0]
 
 
 def row_groups(params: Params) -> int:
