@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.adam_b2 = 0.999
     config.adam_eps = 1e-8
     config.temperature = 0.02  # PAPER §2
-    config.hybrid_weights = (1.0, 0.3, 1.0)  # w of dense, sparse, colbert; PAPER §2, v4
+    config.hybrid_weights = (1.0, 0.3, 1.0)  # w of dense, sparse, colbert in the loss, not in measuring; PAPER §2, v4
     config.loss_weights = (1.0, 0.1, 1.0)  # λ of dense, sparse, colbert; PAPER §2, v4
     config.distill_start = 6000  # the step at which self-distillation starts, -1 is never; PAPER §2
     config.dropout = 0.0  # on hidden states only: fused attention has none (the reference trains with 0.1 on both)

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; nothing was written") from None
+        raise SystemExit("interrupted; nothing was finished") from None
     if written is not None:
         arrays, seconds = jax.tree.leaves(written.params), time.perf_counter() - start
         print(

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extend-positions", type=int, metavar="ROWS", help="rows of the position table, 8194 for 8192 tokens"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DST where it is a checkpoint of m3jax")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace DST where it holds what an earlier conversion wrote"
+    )
 
 
 def run(given: argparse.Namespace) -> M3:

@@ -66,7 +66,10 @@ def survey(path: Path) -> Survey:
     else:
         _read_directory(found)
     prefixed = any(name.startswith(MLM_PREFIX) for name in found.tensors)
-    tensors = {name.removeprefix(MLM_PREFIX): tensor for name, tensor in found.tensors.items()}
+    tensors = {
+        name if (short := name.removeprefix(MLM_PREFIX)) in found.tensors else short: tensor
+        for name, tensor in found.tensors.items()
+    }
     found.unused = [k for k in tensors if UNUSED.search(k) or (prefixed and k.startswith("lm_head."))]
     found.tensors = {name: tensor for name, tensor in tensors.items() if name not in found.unused}
     found.kind = "Orbax checkpoint of m3jax" if is_checkpoint else _kind(found, prefixed)
@@ -149,7 +152,10 @@ def _take(found: Survey, files: Sequence[str], folder: Path, prefix: str = "") -
         except (ValueError, OSError) as error:
             found.problems[str(error)] = f"write or download {file} again"
         else:
-            found.tensors |= {prefix + name: Stored(file, x.shape, x.dtype) for name, x in tensors.items()}
+            stored = {prefix + name: Stored(file, x.shape, x.dtype) for name, x in tensors.items()}
+            if not prefix and (twice := sorted(stored.keys() & found.tensors.keys())):
+                found.problems[f"twice: {', '.join(twice)}, in {file} too"] = "write the shards again"
+            found.tensors |= stored
 
 
 def _name(path: str) -> str:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
 import numpy as np
 
 import m3jax
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for side in "ab":
         told = f"what runs {side.upper()}; without it, PyTorch runs a released directory where it is installed"
         parser.add_argument(f"--{side}-with", choices=["m3jax", "torch"], help=told)
-    parser.add_argument("--texts", type=Path, help="a UTF-8 file with one text a line; without it, texts of our own")
+    parser.add_argument("--texts", help="a UTF-8 file or URL with one text a line; without it, texts of our own")
     parser.add_argument("--max-length", type=int, help=f"tokens that a text is cut to; without it, {_LENGTH} at most")
     parser.add_argument(
         "--published", metavar="DIR", help="a copy of BAAI/bge-m3, to compare with its published scores"
@@ -86,10 +87,11 @@ def compare_models(given: argparse.Namespace, paths: Sequence[Path]) -> None:
         raise SystemExit(1)
 
 
-def read_texts(path: Path) -> list[str]:
-    """The lines of a file, each a text (an empty line is the empty text); ValueError where there are none."""
+def read_texts(path: str) -> list[str]:
+    """The lines of a file or URL, each a text (an empty line is the empty text); ValueError where there are none."""
     try:
-        texts = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        with fsspec.open(path, "rt", encoding="utf-8") as file:
+            texts = file.read().removesuffix("\n").split("\n")  # type: ignore[union-attr]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: texts are UTF-8, one a line; {error}") from error
     if texts == [""]:

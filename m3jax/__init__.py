@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m3jax.config import M3Config as M3Config
+    from m3jax.corpus import encode_to as encode_to
     from m3jax.embedder import encode as encode
     from m3jax.embedder import load as load
     from m3jax.embedder import save as save
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from m3jax.representations import Representations as Representations
     from m3jax.retrieval import score as score
     from m3jax.retrieval import search as search
+    from m3jax.shards import open_embeddings as open_embeddings
     from m3jax.tokenization import Tokenizer as Tokenizer
 
 # Resolved at first use (PEP 562): flax alone would make `import m3jax` 1.6 times `import jax`.
@@ -31,8 +33,10 @@ _HOME = {
     "Tokenizer": "tokenization",
     "apply": "model",
     "encode": "embedder",
+    "encode_to": "corpus",
     "init": "model",
     "load": "embedder",
+    "open_embeddings": "shards",
     "save": "embedder",
     "score": "retrieval",
     "search": "retrieval",

@@ -15,8 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from m3jax import sources, weights
 from m3jax.embeddings import Embeddings
-from m3jax.encoding import Plan, run
-from m3jax.forward import Asked
+from m3jax.encoding import make_plan, run, say_cut
 from m3jax.model import M3, cast
 from m3jax.sharding import make_mesh
 
@@ -62,13 +61,15 @@ def load(
 
 def _keep_compilations() -> None:
     config: Any = jax.config  # its attributes have no types
-    if config.jax_compilation_cache_dir is not None or not config.jax_enable_compilation_cache:
+    if not config.jax_enable_compilation_cache:
         return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(caches / "m3jax"))
-    # A layer compiles in less than the second from which JAX keeps things, but a corpus needs dozens of them.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()  # JAX looks for the folder once, at the first compilation, which may have been
+    if config.jax_persistent_cache_min_compile_time_secs == 1.0:  # JAX's default
+        # A layer compiles in less than the second from which JAX keeps things, but a corpus needs dozens of them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "m3jax"))
+        compilation_cache.reset_cache()  # JAX looks for the folder once, at the first compilation, which may have been
 
 
 def save(m3: M3, directory: str | Path, *, card: str | None = None) -> None:
@@ -123,31 +124,19 @@ def encode(
 
     Raises ValueError where max_length exceeds the position table, nothing is asked for, or an item is not a str.
     """
-    longest = m3.config.max_length
-    if max_length is None:
-        max_length = longest
-    if not 2 <= max_length <= longest:
-        raise ValueError(
-            f"max_length must leave room for <s> and </s> and fit the position table, 2 to {longest}, got {max_length}"
-        )
-    if not (dense or sparse or colbert):
-        raise ValueError("encode must give something: pass dense=True, sparse=True or colbert=True")
-    narrowest = min(
-        m3.config.hidden_size if dense else m3.config.colbert_dim, m3.config.colbert_dim if colbert else longest
+    plan = make_plan(
+        m3.config,
+        dense=dense,
+        sparse=sparse,
+        colbert=colbert,
+        max_length=max_length,
+        instruction=instruction,
+        truncate_dim=truncate_dim,
+        mcls=mcls,
+        batch_tokens=batch_tokens,
     )
-    if truncate_dim is not None and not 1 <= truncate_dim <= narrowest:
-        raise ValueError(
-            f"truncate_dim must be between 1 and the width of the vectors, {narrowest}, got {truncate_dim}"
-        )
-    if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
-    single = isinstance(texts, str)
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    plan = Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
-    embeddings, cut = run(m3, texts, plan, progress=progress)
+    rows = [texts] if isinstance(texts, str) else list(texts)
+    parts, cut = run(m3, rows, plan, progress=progress)
     if cut:
-        warnings.warn(
-            f"{cut} of {len(texts)} texts are longer than max_length = {max_length} tokens and were cut to it",
-            stacklevel=2,
-        )
-    return Embeddings(*embeddings, single=single)
+        warnings.warn(say_cut(cut, len(rows), plan.max_length), stacklevel=2)
+    return Embeddings(*parts, single=isinstance(texts, str))

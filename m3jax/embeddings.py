@@ -1,6 +1,6 @@
 """Embeddings: the dense vectors, lexical weights and colbert vectors of some texts, as `encode` returns them.
 
-Scoring and searching them is m3jax.retrieval's, making them is m3jax.embedder's; no JAX here.
+Scoring and searching them is m3jax.retrieval's, making them m3jax.embedder's, files m3jax.shards'; no JAX here.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,26 @@ from jaxtyping import Float32
 from scipy.sparse import csr_matrix
 
 
+class Stored:
+    """A part that stays in files and is read by rows (shards.py): an int gives the part's row of one text, a slice or an
+    array of ints those of several. Embeddings does not read it to check it: it was checked when it was written."""
+
+    shape: tuple[int, int]  # texts, width
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Embeddings:
-    """The representations of n texts in host memory; a function that was not asked for is None.
+    """The representations of n texts, in host memory or in files; a function that was not asked for is None.
 
     The four fields always hold rows. What people read are the properties `dense_vecs`, `lexical_weights`, `sparse` and
-    `colbert_vecs`, the first, second and fourth of which are unbatched where `single` says that one str was encoded.
+    `colbert_vecs`, the first, second and fourth of which are unbatched where `single` says that one str was encoded. Those
+    of `open_embeddings` hold a `Stored` in place of each array, which reads the rows that are asked of it.
 
     Args:
       dense: [n, D] float32, one L2-normalised vector per text.
@@ -40,14 +54,17 @@ class Embeddings:
     Embeddings(1 text: dense 3, sparse 3)
     """
 
-    dense: Float32[np.ndarray, "n d"] | None = None
-    terms: csr_matrix | None = None
+    # Any is a Stored; named, it would have everyone who holds arrays in memory prove to a type checker that they are.
+    dense: Float32[np.ndarray, "n d"] | Any | None = None
+    terms: csr_matrix | Any | None = None
     colbert: Sequence[Float32[np.ndarray, "_ c"]] | None = None
     single: bool = False
 
     def __post_init__(self) -> None:
         lengths = {}
-        if self.dense is not None:
+        if isinstance(self.dense, Stored):
+            lengths["dense"] = len(self.dense)
+        elif self.dense is not None:
             if self.dense.ndim != 2 or self.dense.dtype != np.float32:
                 raise ValueError(
                     f"Embeddings: dense must be a float32 array [texts, width], got {self.dense.dtype}"
@@ -56,10 +73,12 @@ class Embeddings:
             _check_finite("dense", [self.dense])
             lengths["dense"] = self.dense.shape[0]
         if self.terms is not None:
-            _check_terms(self.terms)
+            if not isinstance(self.terms, Stored):
+                _check_terms(self.terms)
             lengths["terms"] = _shape(self.terms)[0]
         if self.colbert is not None:
-            _check_colbert(self.colbert)
+            if not isinstance(self.colbert, Stored):
+                _check_colbert(self.colbert)
             lengths["colbert"] = len(self.colbert)
         if not lengths:
             raise ValueError("Embeddings: at least one of dense, terms and colbert must be given, got none.")
@@ -80,7 +99,12 @@ class Embeddings:
     def __getitem__(self, index: Any) -> "Embeddings":
         """The texts that a slice, an integer, an array of integers or a boolean mask picks, as in NumPy. They are
         copied, but for the colbert arrays, which are shared; one integer gives a single text. IndexError past the end."""
-        rows = np.arange(len(self))[index]
+        if isinstance(index, slice):
+            rows = np.arange(*index.indices(len(self)))
+        elif isinstance(index, int | np.integer):
+            rows = np.array(range(len(self))[int(index)])  # no array of all rows for one of them
+        else:
+            rows = np.arange(len(self))[index]
         single = rows.ndim == 0
         rows = np.atleast_1d(rows)
         return Embeddings(
@@ -101,38 +125,41 @@ class Embeddings:
         return f"Embeddings({len(self)} text{'' if len(self) == 1 else 's'}: {', '.join(parts)})"
 
     @property
-    def dense_vecs(self) -> np.ndarray | None:
+    def dense_vecs(self) -> np.ndarray | Any | None:
         """[n, D] float32 ([D] for a single text), L2-normalised; None if not asked for."""
         return self.dense[0] if self.single and self.dense is not None else self.dense
 
     @property
-    def sparse(self) -> csr_matrix | None:
+    def sparse(self) -> csr_matrix | Any | None:
         """The lexical weights, float32 CSR [n, vocabulary], [1, vocabulary] for a single text; None if not asked for."""
         return self.terms
 
     @property
-    def colbert_vecs(self) -> list[np.ndarray] | np.ndarray | None:
+    def colbert_vecs(self) -> Sequence[np.ndarray] | np.ndarray | None:
         """n arrays [tokens - 1, C] float32 (one array for a single text), L2-normalised; None if not asked for."""
         if self.colbert is None:
             return None
-        return self.colbert[0] if self.single else list(self.colbert)
+        if self.single:
+            return self.colbert[0]
+        return self.colbert if isinstance(self.colbert, Stored) else list(self.colbert)
 
     @cached_property
     def lexical_weights(self) -> list[dict[str, float]] | dict[str, float] | None:
         """{str(token id): weight > 0} per text (one dict for a single text), plain floats that json.dumps takes; None
-        if not asked for. Made from `sparse` when first read, and kept."""
+        if not asked for. Made from `sparse` when first read, and kept: of a corpus on disk, take some texts first."""
         if self.terms is None:
             return None
-        ids = list(map(str, self.terms.indices.tolist()))
-        weights = self.terms.data.tolist()
+        terms: csr_matrix = self.terms[:] if isinstance(self.terms, Stored) else self.terms
+        ids = list(map(str, terms.indices.tolist()))
+        weights = terms.data.tolist()
         rows = [
             dict(zip(ids[start:end], weights[start:end], strict=True))
-            for start, end in pairwise(np.asarray(self.terms.indptr))
+            for start, end in pairwise(np.asarray(terms.indptr))
         ]
         return rows[0] if self.single else rows
 
 
-def _shape(terms: csr_matrix) -> tuple[int, int]:
+def _shape(terms: csr_matrix | Stored) -> tuple[int, int]:
     # scipy has no types of its own, and what a checker infers of `shape` is wrong.
     return tuple(terms.shape)  # pyright: ignore
 

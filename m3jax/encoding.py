@@ -3,6 +3,7 @@
 Not here: what users pass and get (embedder.py), how texts share batches (batching.py), what the device computes (forward.py).
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from scipy.sparse import csr_matrix, vstack
 from tqdm import tqdm
 
 from m3jax.batching import PackedIds, Packing, arrange, pack
+from m3jax.config import M3Config
 from m3jax.forward import Asked, Results, backend, forward, row_groups
 from m3jax.model import M3
 from m3jax.tokenization import MCLS_RUN, cls_columns
@@ -49,6 +51,47 @@ class Plan(NamedTuple):
     instruction: str
     mcls: bool
     batch_tokens: int | None
+
+
+def make_plan(
+    config: M3Config,
+    *,
+    dense: bool,
+    sparse: bool,
+    colbert: bool,
+    max_length: int | None,
+    instruction: str,
+    truncate_dim: int | None,
+    mcls: bool,
+    batch_tokens: int | None,
+) -> Plan:
+    """The plan of `encode`'s arguments; ValueError where they cannot be followed."""
+    if max_length is None:
+        max_length = config.max_length
+    if not 2 <= max_length <= config.max_length:
+        raise ValueError(
+            "max_length must leave room for <s> and </s> and fit the position table, "
+            f"2 to {config.max_length}, got {max_length}"
+        )
+    if not (dense or sparse or colbert):
+        raise ValueError("encode must give something: pass dense=True, sparse=True or colbert=True")
+    widths = [config.hidden_size] * dense + [config.colbert_dim] * colbert
+    if truncate_dim is not None and not (widths and 1 <= truncate_dim <= min(widths)):
+        raise ValueError(
+            f"truncate_dim must be between 1 and the width of the vectors that are asked for, {min(widths)}, got {truncate_dim}"
+            if widths
+            else f"truncate_dim cuts dense and colbert vectors, and neither is asked for; got {truncate_dim}"
+        )
+    if not isinstance(instruction, str):
+        raise ValueError(f"instruction must be a str, got {type(instruction).__name__}: {instruction!r:.80}")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
+    return Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
+
+
+def say_cut(cut: int, count: int, max_length: int) -> str:
+    """What the warning of texts that were cut says."""
+    return f"{cut} of {count} texts are longer than max_length = {max_length} tokens and were cut to it"
 
 
 def run(
@@ -132,6 +175,7 @@ class _Device:
         self._groups = row_groups(m3.params)
         self._rows = _ROWS[backend(m3.params)]
         self._tokens = plan.batch_tokens or self._rows.batch_tokens * self._groups
+        self._too_many = math.inf  # tokens, the fewest that did not fit into memory
         self._running: _Batch | None = None
         self.collected = _Collected(m3, count, plan)
 
@@ -147,8 +191,11 @@ class _Device:
 
     def compute(self, packing: Packing, ids: list[np.ndarray], first: int) -> int:
         """Start a batch and take in the one before; gives the number of texts taken in."""
-        before, self._running = self._running, self._start(packing, ids, first)
-        return self._take_in(before) if before else 0
+        taken = 0
+        for part, own in self._that_fit(packing, ids):
+            before, self._running = self._running, self._start(part, own, first)
+            taken += self._take_in(before) if before else 0
+        return taken
 
     def finish(self) -> int:
         """Take in the last batch."""
@@ -170,22 +217,34 @@ class _Device:
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or len(batch.ids) == 1:
                 raise
+            error.__traceback__ = None  # its frames hold arrays on the device
         else:
             self.collected.add(batch, results)
             return len(batch.ids)
         rows, length = batch.packing.shape
-        warnings.warn(
-            f"a batch of {rows} x {length} tokens did not fit into the device's memory and is computed in halves; pass a "
-            f"batch_tokens below {rows * length} to have smaller ones from the start",
-            stacklevel=2,
-        )
-        half = len(batch.ids) // 2
-        for some in (slice(half), slice(half, None)):
-            ids, texts = batch.ids[some], batch.packing.texts[some]
-            for packing in self.pack([len(text) for text in ids]):
-                own = [ids[text] for text in packing.texts]
-                self._take_in(self._start(packing._replace(texts=texts[packing.texts]), own, batch.first))
+        if rows * length < self._too_many:
+            warnings.warn(
+                f"a batch of {rows} x {length} tokens did not fit into the device's memory; it and others as large are "
+                f"computed in halves; pass a batch_tokens below {rows * length} to have smaller ones from the start",
+                stacklevel=2,
+            )
+            self._too_many = rows * length
+            self._tokens = min(self._tokens, max(1, self._too_many // 2))
+        for part, own in self._that_fit(batch.packing, batch.ids):
+            self._take_in(self._start(part, own, batch.first))
         return len(batch.ids)
+
+    def _that_fit(self, packing: Packing, ids: list[np.ndarray]) -> Iterator[tuple[Packing, list[np.ndarray]]]:
+        """The batch itself, or halves of halves of its texts that are smaller than what is known not to fit."""
+        if math.prod(packing.shape) < self._too_many or len(ids) == 1:
+            yield packing, ids
+            return
+        half = len(ids) // 2
+        for some in (slice(half), slice(half, None)):
+            texts, lengths = packing.texts[some], [len(text) for text in ids[some]]
+            for part in self.pack(lengths):
+                own = [ids[some][text] for text in part.texts]
+                yield from self._that_fit(part._replace(texts=texts[part.texts]), own)
 
 
 class _Collected:

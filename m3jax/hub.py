@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# An owner and a name; the two models of the family that are older than owners are still asked for without one.
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|xlm-roberta-(base|large)", re.ASCII)
 
 _ALWAYS = ("config.json", "tokenizer.json")
 _INDEX = "model.safetensors.index.json"
@@ -20,17 +21,23 @@ _HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 
 
 def is_name(source: str | Path) -> bool:
-    """Whether source is a name on the hub, `owner/name`: a path that is there, whatever it looks like, is none."""
+    """Whether source is a name on the hub: a path that is there, whatever it looks like, is none.
+
+    >>> is_name("BAAI/bge-m3"), is_name("xlm-roberta-large"), is_name("runs/a/model")
+    (True, True, False)
+    """
     return isinstance(source, str) and bool(_NAME.fullmatch(source)) and not Path(source).exists()
 
 
 def fetch(source: str | Path, *, revision: str | None = None) -> Path:
     """The local directory of a model: `source` itself where it is a directory, else what the hub has under this name.
 
-    A name is `owner/name`. Fetched are config.json, tokenizer.json, one form of the weights (model.safetensors, else its
-    shards, else pytorch_model.bin) and the two head files where they exist; what the cache has already is not fetched again,
-    and the bytes of the rest are said on stderr first. revision: a branch, tag or commit; None is main. Offline
-    (HF_HUB_OFFLINE=1), or where the hub does not answer, the cached copy serves; only the latter is said.
+    A name is `owner/name`, or xlm-roberta-base or -large.
+
+    Fetched are config.json, tokenizer.json, one form of the weights (model.safetensors, else its shards, else
+    pytorch_model.bin) and the two head files where they exist; what the cache has already is not fetched again, and the bytes
+    of the rest are said on stderr first. revision: a branch, tag or commit; None is main. Offline (HF_HUB_OFFLINE=1), or where
+    the hub does not answer, the cached copy serves; only the latter is said.
 
     Raises ValueError where source is neither a directory nor a name, where the hub has no such repository, revision or file,
     where there is no answer and no cached copy, and on a download that breaks or comes short, which leaves no file behind.

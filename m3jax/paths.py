@@ -53,7 +53,8 @@ def read_text(folder: str | Path, name: str) -> str:
 def reading(source: str | Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[str | Path]:
     """`source` itself, or of a URL a local folder with its `needed` files, which is gone when the block ends.
 
-    What is memory-mapped in the block stays readable after it. Raises ValueError where the URL holds no file.
+    What is memory-mapped in the block stays readable after it. A bar on stderr, if that is a terminal, follows the download.
+    Raises ValueError where the URL holds no file, or the disk has too little room for a copy.
     """
     if not is_url(source):
         yield source
@@ -62,11 +63,15 @@ def reading(source: str | Path, needed: Callable[[Sequence[str]], Sequence[str]]
     if not there:
         raise ValueError(f"{source}: expected a folder with a model or a checkpoint; there is no file")
     store, root = _store(source)
+    sizes = {name: store.size(f"{root}/{name}") or 0 for name in needed(there)}
     with tempfile.TemporaryDirectory() as folder:
-        for name in needed(there):
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            store.get_file(f"{root}/{name}", str(path))
+        _check_room(Path(folder), sum(sizes.values()))
+        with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="download", disable=None) as bar:
+            for name, size in sizes.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                store.get_file(f"{root}/{name}", str(path))
+                bar.update(size)
         yield Path(folder)
 
 

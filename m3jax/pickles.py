@@ -25,7 +25,6 @@ _TYPES = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": ml_dtypes.bfl
 _TYPES |= {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1", "Bool": "?"}
 _STORAGES = {f"torch {name}Storage": np.dtype(dtype) for name, dtype in _TYPES.items()}
 _DICT, _TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
-_PARAMETER = "torch._utils _rebuild_parameter"
 _CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False, pickle.EMPTY_TUPLE: ()}
 _TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 # the number that follows an opcode; of BINUNICODE and LONG1 it is the length of what follows then
@@ -38,7 +37,7 @@ _MAX_DIMENSIONS = 64  # numpy's own limit
 _ALIGNMENT = 64  # torch's default: torch.utils.serialization.config.save.storage_alignment
 _ADVICE = (
     "Fetch it again if it was downloaded; else, if you trust where it comes from, write its tensors anew in PyTorch: "
-    "torch.save({k: v.contiguous() for k, v in torch.load(path, weights_only=True).items()}, path)"
+    "torch.save({k: v.detach().contiguous() for k, v in torch.load(path, weights_only=True).items()}, path)"
 )
 
 
@@ -201,7 +200,7 @@ def _unpickle(records: Mapping[str, memoryview]) -> object:
                     stack.append(memo[number])
                 case pickle.GLOBAL:
                     name = (code.readline() + code.readline()).decode().removesuffix("\n").replace("\n", " ")
-                    if name not in (_DICT, _TENSOR, _PARAMETER, *_STORAGES):
+                    if name not in (_DICT, _TENSOR, *_STORAGES):
                         came = short(name.replace(" ", "."))
                         raise ValueError(f"the pickle may name only OrderedDict and torch's dense tensors, not {came}")
                     stack.append(_Global(name))
@@ -259,8 +258,6 @@ def _reduce(function: object, args: object) -> object:
     match function, args:
         case _Global(name), () if name == _DICT:
             return {}
-        case _Global(name), (np.ndarray() as tensor, bool(), dict(hooks)) if name == _PARAMETER and not hooks:
-            return tensor
         case _Global(name), (
             _Storage(values), offset, tuple(shape), tuple(strides), bool(), dict(hooks)
         ) if name == _TENSOR and type(offset) is int and not hooks:  # fmt: skip

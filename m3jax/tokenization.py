@@ -76,7 +76,13 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The largest id + 1, added tokens included: the rows that an embedding table must have."""
-        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+        if not isinstance(self._inner.model, tokenizers.models.Unigram):
+            return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+        # The ids of a Unigram model are places in its list: no need to copy 250,000 names.
+        return max(
+            self._inner.get_vocab_size(with_added_tokens=False),
+            *(i + 1 for i in self._inner.get_added_tokens_decoder()),
+        )
 
     def encode(
         self, texts: Sequence[str], max_length: int | None = None, *, mcls: bool = False, first: int = 0

@@ -77,7 +77,12 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     config = M3Config.from_json(described.read_text(encoding="utf-8"), source=str(described))
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(directory):
-        tensors |= read_file(_file(directory, file))
+        shard = read_file(_file(directory, file))
+        if twice := sorted(shard.keys() & tensors.keys()):
+            raise ValueError(
+                f"{directory}: a tensor is in one shard; {', '.join(twice)} in {file} too; write them again"
+            )
+        tensors |= shard
     tensors = _without_lm_head(tensors, directory)
     absent = []
     for head, file in HEAD_FILES.items():
@@ -96,6 +101,9 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     colbert = tensors.get("colbert_linear.weight")
     if colbert is not None and colbert.ndim == 2:
         config = dataclasses.replace(config, colbert_dim=colbert.shape[0])
+    pooler = {name: x for name, x in tensors.items() if name.startswith("pooler.")}
+    if len(pooler) == 2 and not any(x.any() for x in pooler.values()):  # what `write` puts where there is none
+        tensors = {name: x for name, x in tensors.items() if name not in pooler}
     config = dataclasses.replace(config, pooler="pooler.dense.weight" in tensors)
     expected = {torch_name(path): path for path in flatten(shapes(config))}
     params: dict[str, np.ndarray] = {}
@@ -134,10 +142,11 @@ def write(
     """Write a released directory that `read`, transformers, FlagEmbedding and sentence-transformers read.
 
     The encoder goes to `model.safetensors`, with format="pickle" to `pytorch_model.bin`; the heads always go to the two `.pt`
-    files, where FlagEmbedding and vLLM look. Parameters keep their dtype. card: the text of README.md; None says what the model
-    itself tells. The directory (or URL) appears under its name when it is complete. ValueError where it exists, unless
-    `replace` and it holds nothing but what a save wrote: a README.md that a person wrote, or changed since, is not that.
-    progress shows a bar on stderr.
+    files, where FlagEmbedding and vLLM look. Parameters keep their dtype. A model without a pooler gets one of zeros.
+
+    card: the text of README.md; None says what the model itself tells. The directory (or URL) appears under its name when it
+    is complete. ValueError where it exists, unless `replace` and it holds nothing but what a save wrote: a README.md that a
+    person wrote, or changed since, is not that. progress shows a bar on stderr.
     """
     if format not in ("safetensors", "pickle"):
         raise ValueError(f"format must be 'safetensors' or 'pickle', got {format!r}")
@@ -153,7 +162,12 @@ def write(
     # Views: of two transposed matrices one is copied at a time, while it is written.
     arrays = {path: np.asarray(x) for path, x in flatten(m3.params).items()}
     tensors = {torch_name(path): x.T if path.endswith("/kernel") else x for path, x in arrays.items()}
-    size = sum(x.nbytes for x in arrays.values())
+    dtype = arrays["encoder/embeddings/word_embeddings/embedding"].dtype
+    if not m3.config.pooler:
+        # transformers draws one at random where there is none, and warns. Nothing reads it; zeros are read back as none.
+        width = m3.config.hidden_size
+        tensors |= {"pooler.dense.weight": np.zeros((width, width), dtype), "pooler.dense.bias": np.zeros(width, dtype)}
+    size = sum(x.nbytes for x in tensors.values())
     with paths.writing(directory, last="config.json", size=size, progress=progress) as folder:
         for head, file in HEAD_FILES.items():
             pickles.write(folder / file, {k: tensors.pop(f"{head}.{k}") for k in ("weight", "bias")})
@@ -161,11 +175,10 @@ def write(
             pickles.write(folder / "pytorch_model.bin", tensors)
         else:
             safetensor_files.write(folder / "model.safetensors", tensors)
-        dtype = str(arrays["encoder/embeddings/word_embeddings/embedding"].dtype)
         texts = {
             name: json.dumps(content(m3.config), indent=2) + "\n" for name, content in _SENTENCE_TRANSFORMERS.items()
         }
-        texts["config.json"] = json.dumps(json.loads(m3.config.to_json()) | {"dtype": dtype}, indent=2) + "\n"
+        texts["config.json"] = json.dumps(json.loads(m3.config.to_json()) | {"dtype": str(dtype)}, indent=2) + "\n"
         texts["tokenizer.json"] = m3.tokenizer.json
         texts["tokenizer_config.json"] = _tokenizer_config(m3)
         texts[CARD] = make_card(m3.config, sum(x.size for x in arrays.values())) if card is None else card
@@ -221,7 +234,9 @@ def _without_lm_head(tensors: dict[str, np.ndarray], directory: Path) -> dict[st
         warnings.warn(
             f"{directory}: the language-model head is dropped, M3 has none: {', '.join(sorted(head))}", stacklevel=3
         )
-    return {name.removeprefix(MLM_PREFIX): x for name, x in tensors.items() if name not in head}
+    encoder = {name: x for name, x in tensors.items() if name not in head}
+    # A name that is there with the prefix and without keeps it, and is left over.
+    return {k if (short := k.removeprefix(MLM_PREFIX)) in encoder else short: x for k, x in encoder.items()}
 
 
 def weight_files(directory: Path) -> list[str]:

@@ -1,5 +1,12 @@
 """Fixtures that more than one test file needs; what only one needs stands in that file."""
 
+import json
+import os
+
+# Before anything imports JAX: no test writes into the user's folders, and each compiles for itself; e2e/test_encode.py turns it
+# on again.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
 import pytest
 import tokenizers
 from jaxtyping import install_import_hook
@@ -41,3 +48,34 @@ def tiny_tokenizer_json() -> str:
 def tiny_tokenizer(tiny_tokenizer_json: str) -> Tokenizer:
     """The `Tokenizer` of `tiny_tokenizer_json`, about 120 ids."""
     return Tokenizer.from_json(tiny_tokenizer_json)
+
+
+_CORPUS = [
+    {"id": "p1", "title": "Paris", "text": "is the capital of france"},
+    {"id": "p2", "title": "", "text": "the quick brown fox"},
+    {"id": "p3", "text": "東京 は 日本 の 首都 です"},
+]
+_QUERIES = [
+    {"id": "q1", "text": "capital of france"},
+    {"id": "q2", "text": "fox"},
+    {"id": "q3", "text": "nobody judged this"},
+    {"id": "q4", "text": "judged, nothing relevant"},
+]
+_QRELS = [
+    {"qid": "q2", "docid": "p2", "relevance": 2},
+    {"qid": "q1", "docid": "p1", "relevance": 1},
+    {"qid": "q1", "docid": "p3", "relevance": 0},
+    {"qid": "q4", "docid": "p2", "relevance": 0},
+]
+_FILES = {"corpus.jsonl": _CORPUS, "test_queries.jsonl": _QUERIES, "test_qrels.jsonl": _QRELS}
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    """The demonstration task as the three files of a folder."""
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    for name, rows in _FILES.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    return folder

@@ -1,79 +1,164 @@
-import itertools
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3jax.batching import bucket_length, pad, plan_batches
+from m3jax.batching import arrange, bucket_length, pack, pad
+from m3jax.encoding import _ROWS
 
-BUCKETS = sorted({bucket_length(n) for n in range(1, 8193)})
+STEPS = {8: 112, 64: 64, 128: 48}  # and the number of buckets up to 8192
+# Texts of a mix, and their lengths.
+MIXES = {"queries": (4000, 5, 40), "passages": (4000, 50, 400), "documents": (300, 1000, 8000)}
 
 
-def test_ladder():
-    assert len(BUCKETS) == 60 and BUCKETS[0] == 8 and BUCKETS[-1] == 8192
-    for n in range(1, 8193):
-        bucket = bucket_length(n)
-        assert bucket == min(b for b in BUCKETS if b >= n)
-        assert bucket % (128 if bucket > 512 else 8) == 0
-        if 64 < n <= 512 or n > 1024:
-            assert bucket - n < n / 8
-    with pytest.raises(ValueError, match="a length of 0 came"):
-        bucket_length(0)
+@pytest.mark.parametrize("step", STEPS)
+def test_ladder(step):
+    lengths = range(1, 8193)
+    of = [bucket_length(n, step) for n in lengths]
+    buckets = sorted(set(of))
+    assert len(buckets) == STEPS[step] and buckets[-1] == 8192
+    assert all(bucket % step == 0 for bucket in buckets)
+    assert of == [buckets[i] for i in np.searchsorted(buckets, lengths)]  # the smallest that holds it
+    for doubling in (256, 512, 1024, 2048, 4096, 8192):
+        assert len([bucket for bucket in buckets if doubling // 2 < bucket <= doubling]) <= 16
+    padding = [1 - n / bucket for n, bucket in zip(lengths, of, strict=True) if n > 16 * step]
+    assert max(padding) < 1 / 17 and 1 / 49 < np.mean(padding) < 1 / 47
+
+
+@pytest.mark.parametrize(("length", "step"), [(0, 8), (-3, 8), (5, 0)])
+def test_no_bucket(length, step):
+    with pytest.raises(ValueError, match=f"a length of {length} and a step of {step} came"):
+        bucket_length(length, step)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.one_of(st.integers(1, 100), st.integers(1, 8192)), max_size=300),
-    st.integers(1, 40_000),
-    st.integers(1, 64),
+    lengths=st.lists(st.one_of(st.integers(1, 20), st.integers(1, 100), st.integers(1, 8192)), max_size=200),
+    batch_tokens=st.one_of(st.integers(1, 2000), st.integers(1, 70_000)),
+    row_length=st.sampled_from([1, 64, 512]),
+    step=st.sampled_from([1, 8, 64, 128]),
+    row_multiple=st.integers(1, 8),
 )
-def test_plan(lengths, batch_tokens, max_rows):
-    batches = plan_batches(lengths, batch_tokens=batch_tokens, max_rows=max_rows)
-    rows = np.concatenate([b.rows for b in batches]) if batches else np.array([], int)
-    assert sorted(rows.tolist()) == list(range(len(lengths)))
-    early = 0
-    shapes = {}
-    for b, following in itertools.zip_longest(batches, batches[1:]):
-        assert 1 <= len(b.rows) <= b.row_count <= max_rows
-        assert b.length == bucket_length(max(lengths[i] for i in b.rows))
-        assert b.row_count * b.length <= batch_tokens or b.row_count == 1
-        assert b.length <= 128 or min(lengths[i] for i in b.rows) > b.length // 2
-        if following is None or (b.length > 128 and lengths[following.rows[0]] <= b.length // 2):
-            early += 1
-            assert b.row_count < 2 * len(b.rows)
+def test_pack(lengths, batch_tokens, row_length, step, row_multiple):
+    given = {"batch_tokens": batch_tokens, "row_length": row_length, "step": step, "row_multiple": row_multiple}
+    batches = list(pack(lengths, **given))
+    placed = [text for batch in batches for text in batch.texts.tolist()]
+    assert sorted(placed) == list(range(len(lengths)))
+    assert [batch.shape[1] for batch in batches] == sorted((batch.shape[1] for batch in batches), reverse=True)
+    left = sorted(lengths)
+    for batch in batches:
+        rows, length = batch.shape
+        assert length == bucket_length(max(left[-1], row_length), step)  # longest first
+        assert rows % row_multiple == 0
+        assert rows * length <= batch_tokens or rows == row_multiple
+        full = max(1, batch_tokens // (length * row_multiple)) * row_multiple
+        used = batch.rows[-1] + 1
+        if batch is batches[-1]:
+            assert rows == full or used <= rows < 1.34 * used + row_multiple
         else:
-            assert len(b.rows) == b.row_count == shapes.setdefault(b.length, b.row_count)
-            assert b.row_count < 8 or b.row_count % 8 == 0
-            assert (b.row_count + 8) * b.length > batch_tokens or b.row_count + 8 > max_rows
-    # A batch with fillers closes the texts or stands before lengths of half its own: 8192, 4096 … 256, and one ≤ 128.
-    assert early <= 8
+            assert rows == used == full
+        in_rows = [[] for _ in range(used)]
+        for text, row, start in zip(batch.texts, batch.rows, batch.starts, strict=True):
+            in_rows[row].append((start, lengths[text]))
+        assert batch.rows.tolist() == sorted(batch.rows)
+        for texts in in_rows:
+            # The longest that is left, and each next one where the one before ended: full until nothing fits.
+            assert texts[0] == (0, left[-1])
+            assert all(start + size == following for (start, size), (following, _) in pairwise(texts))
+            for _, size in texts:
+                left.remove(size)
+            room = length - sum(size for _, size in texts)
+            assert room >= 0 and not (left and left[0] <= room)
 
 
-def test_shapes_are_few():
-    lengths = np.random.default_rng(0).integers(1, 8193, 20_000)
-    shapes = {(b.row_count, b.length) for b in plan_batches(lengths, batch_tokens=65_536)}
-    assert len(shapes) <= len(BUCKETS) + 8
-    lengths = np.random.default_rng(0).integers(3, 100, 7)
-    assert len(plan_batches(lengths, batch_tokens=65_536)) == 1
+@pytest.mark.parametrize("backend", _ROWS)
+@pytest.mark.parametrize("mix", MIXES)
+def test_padding_and_shapes_of_a_mix(mix, backend):
+    count, low, high = MIXES[mix]
+    lengths = np.random.default_rng(0).integers(low, high + 1, count)
+    given = _ROWS[backend]
+    batches = list(
+        pack(lengths, batch_tokens=given.batch_tokens, row_length=given.row_length, step=given.step, row_multiple=1)
+    )
+    computed = sum(rows * length for rows, length in (batch.shape for batch in batches))
+    assert computed <= lengths.sum() / 0.95
+    # A shape for each row length, one more for the last batch.
+    assert len({batch.shape for batch in batches}) <= len({batch.shape[1] for batch in batches}) + 1
+    most = {"queries": 2, "passages": 36, "documents": 49}[mix]
+    assert len({batch.shape for batch in batches}) <= most
 
 
-def test_padding_is_small():
-    lengths = np.random.default_rng(0).lognormal(5, 0.8, 20_000).astype(int).clip(2, 8192)
-    batches = plan_batches(lengths, batch_tokens=32_768)
-    assert sum(b.row_count * b.length for b in batches) <= 1.08 * lengths.sum()
+def test_last_batches_come_in_few_shapes():
+    shapes = set()
+    for count in range(1, 1000):
+        *_, last = pack([64] * count, batch_tokens=64_000, row_length=64, row_multiple=2)
+        shapes.add(last.shape[0])
+    assert len(shapes) == 8 + 6 * 4  # 2 to 16 rows in twos, then four numbers a doubling, of which 1000 is the last
 
 
-def test_one_text_over_the_budget_is_a_row():
-    (batch, rest) = plan_batches([5000, 3], batch_tokens=100)
-    assert (batch.rows.tolist(), batch.row_count, batch.length) == ([0], 1, 5120)
-    assert rest.rows.tolist() == [1]
+def test_a_text_beyond_the_budget_is_a_row():
+    (one,) = pack([5000, 3, 70], batch_tokens=100)  # the others fit in beside it
+    assert (one.texts.tolist(), one.starts.tolist(), one.shape) == ([0, 2, 1], [0, 5000, 5070], (1, 5120))
+    first, second = pack([5120, 3], batch_tokens=100)
+    assert (first.texts.tolist(), first.shape, second.shape) == ([0], (1, 5120), (1, 8))
 
 
-def test_no_texts_and_bad_budget():
-    assert plan_batches([], batch_tokens=10) == []
-    with pytest.raises(ValueError, match="0 and 5 came"):
-        plan_batches([1], batch_tokens=0, max_rows=5)
+def test_no_texts_and_bad_numbers():
+    assert list(pack([], batch_tokens=10)) == []
+    for name in ("batch_tokens", "row_length", "step", "row_multiple"):
+        with pytest.raises(ValueError, match="at least 1"):
+            next(pack([1], **({"batch_tokens": 10} | {name: 0})))
+    with pytest.raises(ValueError, match="10, 1, 8, 1 and 0 came"):
+        next(pack([4, 0], batch_tokens=10))
+
+
+def naive(packing, texts, pad_id, cls_every):
+    """Token by token: ids, positions and segments of a batch, and the CLS columns of each text."""
+    ids, positions, segments = (np.full(packing.shape, fill) for fill in (pad_id, pad_id, 0))
+    columns = []
+    for text, row, start in zip(texts, packing.rows, packing.starts, strict=True):
+        segment = segments[row].max() + 1
+        seen = 0
+        for column, id in enumerate(text, start):
+            seen += id != pad_id
+            ids[row, column] = id
+            positions[row, column] = pad_id + seen if id != pad_id else pad_id
+            segments[row, column] = segment
+        opens_a_run = range(0, len(text) - 1, cls_every) if cls_every else ()
+        columns.append([start + i for i in range(len(text)) if i == 0 or i in opens_a_run])
+    return ids, positions, segments, columns
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30), min_size=1, max_size=30),
+    batch_tokens=st.integers(1, 300),
+    row_multiple=st.integers(1, 3),
+    pad_id=st.integers(0, 2),
+    cls_every=st.sampled_from([0, 1, 3, 10]),
+)
+def test_arrange(texts, batch_tokens, row_multiple, pad_id, cls_every):
+    lengths = [len(text) for text in texts]
+    for packing in pack(lengths, batch_tokens=batch_tokens, row_length=16, row_multiple=row_multiple):
+        own = [texts[text] for text in packing.texts]
+        got = arrange(packing, [np.array(text, np.int32) for text in own], pad_id, cls_every)
+        ids, positions, segments, columns = naive(packing, own, pad_id, cls_every)
+        assert got.ids.dtype == got.positions.dtype == got.segments.dtype == got.slots.dtype == np.int32
+        np.testing.assert_array_equal(got.ids, ids)
+        np.testing.assert_array_equal(got.positions, positions)
+        np.testing.assert_array_equal(got.segments, segments)
+        rows, slots, width = got.slots.shape
+        assert rows == packing.shape[0]
+        of_texts = got.slots.reshape(-1, width)[got.order]
+        assert [row[row >= 0].tolist() for row in of_texts] == columns
+        assert (np.diff((of_texts >= 0).astype(int)) <= 0).all()  # the real ones first
+        assert (got.slots >= 0).sum() == sum(map(len, columns)) and len(set(got.order)) == len(own)
+        assert (got.order // slots == packing.rows).all()
+        # Powers of two, so that few shapes are compiled.
+        assert slots.bit_count() == width.bit_count() == 1
+        assert slots < 2 * np.bincount(packing.rows).max() and width < 2 * max(map(len, columns))
 
 
 @given(st.lists(st.lists(st.integers(0, 99), max_size=9), max_size=6), st.integers(0, 3))

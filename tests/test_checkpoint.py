@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +114,51 @@ def test_an_existing_directory_is_refused(m3, step, tmp_path):
     assert_same_model(checkpoint.read(step), m3)
     with pytest.raises(ValueError, match="must be new"):
         checkpoint.write(m3, tmp_path)
+
+
+def test_only_what_a_conversion_wrote_is_replaced(m3, tmp_path):
+    checkpoint.write(m3, tmp_path / "run" / "8")  # a run's folder of steps; another file beside a step
+    checkpoint.write(m3, tmp_path / "step")
+    (tmp_path / "step" / "notes.txt").write_text("the only copy")
+    for folder, named in (("run", "8/"), ("step", r"notes\.txt")):
+        with pytest.raises(
+            ValueError, match=rf"must be new or hold what an earlier conversion wrote, but there is {named}"
+        ):
+            checkpoint.write(m3, tmp_path / folder, replace=True)
+    assert_same_model(checkpoint.read(tmp_path / "run"), m3)
+    (tmp_path / "step" / "notes.txt").unlink()
+    (tmp_path / "step" / "m3" / "metadata").unlink()  # as an upload that broke off leaves it in a store
+    checkpoint.write(m3, tmp_path / "step", replace=True)
+    assert_same_model(checkpoint.read(tmp_path / "step"), m3)
+
+
+EIGHT = """
+import sys, jax, numpy as np
+from m3jax import checkpoint
+from m3jax.model import flatten
+from m3jax.sharding import make_mesh, shardings
+_, whole, _ = checkpoint.read(sys.argv[1])
+for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 2)):
+    devices = jax.devices()[: np.prod(sizes)]
+    mesh = make_mesh(*sizes, devices=devices)
+    _, params, _ = checkpoint.read(sys.argv[1], sharding=lambda tree: shardings(tree, mesh))
+    for path, x in flatten(params).items():
+        assert x.sharding.device_set == set(devices) and x.dtype == flatten(whole)[path].dtype, path
+        np.testing.assert_array_equal(x, flatten(whole)[path], err_msg=path)
+    split = [path for path, x in flatten(params).items() if x.addressable_shards[0].data.shape != x.shape]
+    assert bool(split) == (sizes != (8, 1, 1)), sizes
+"""
+
+
+def test_onto_meshes_of_several_devices(m3, tmp_path):
+    half = M3(m3.config, cast(m3.params, jnp.bfloat16), m3.tokenizer)
+    checkpoint.write(half, tmp_path / "half")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(Path(checkpoint.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT, str(tmp_path / "half")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_no_checkpoint(tmp_path):

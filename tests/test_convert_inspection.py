@@ -148,6 +148,13 @@ def shards(directory, absent=()):
     (directory / "model.safetensors").unlink()
 
 
+def overlapping_shards(directory):
+    shards(directory)
+    second = directory / "model-00002-of-00002.safetensors"
+    both = safetensors.numpy.load_file(second) | {"pooler.dense.bias": np.zeros(16, np.float32)}
+    safetensors.numpy.save_file(both | {"embeddings.LayerNorm.bias": np.zeros(16, np.float32)}, second)
+
+
 def as_pickle(directory):
     pickles.write(directory / "pytorch_model.bin", encoder(directory))
     (directory / "model.safetensors").unlink()
@@ -174,6 +181,11 @@ CHANGES = {
     "a shard missing": (
         lambda d: shards(d, ["model-00002-of-00002.safetensors"]),
         "missing file: model-00002-of-00002.safetensors",
+    ),
+    "shards that overlap": (overlapping_shards, " in model-00002-of-00002.safetensors too"),
+    "with the prefix and without": (
+        lambda d: rewrite(d, {f"roberta.{k}": x for k, x in encoder(d).items()} | {"pooler.dense.bias": np.zeros(16)}),
+        "left over: roberta.pooler.dense.bias",
     ),
     "a broken index": (
         lambda d: (shards(d), (d / "model.safetensors.index.json").write_text("[]")),

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -169,6 +170,9 @@ def test_texts_of_a_file(released, tmp_path, capsys):
             main(["verify", *map(str, ours(released, released)), "--texts", str(file)])
     with pytest.raises(SystemExit, match=r"error: .*nothing"):
         main(["verify", *map(str, ours(released, released)), "--texts", str(tmp_path / "nothing")])
+    fsspec.filesystem("memory").pipe_file("/texts.txt", "Paris\nрека\n".encode())
+    _, _, text = verified(capsys, *ours(released, released), "--texts", "memory://texts.txt")
+    assert "2 texts, cut to 20 tokens" in text
 
 
 @pytest.mark.parametrize("length", [1, 99, 512])

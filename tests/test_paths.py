@@ -69,6 +69,19 @@ def test_too_little_room(place, monkeypatch):
     assert paths.files(place) == []
 
 
+def test_too_little_room_for_a_copy(monkeypatch):
+    class Usage:
+        free = 3
+
+    fsspec.filesystem("memory").pipe_file("/large/model", b"1234")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
+    with (
+        pytest.raises(ValueError, match="4 bytes are to be written, but 3 are free; make room"),
+        paths.reading("memory://large", list),
+    ):
+        pass
+
+
 def test_an_upload_that_breaks_off_never_looks_finished(monkeypatch):
     """Neither where nothing was nor over an older folder: the marker goes first and comes last."""
     model, sent = "memory://broken/model", []

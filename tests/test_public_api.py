@@ -32,6 +32,7 @@ def modules_after(code):
 
 def test_the_names_users_are_promised():
     promised = {"load", "save", "encode", "score", "search", "apply", "M3", "M3Config", "Embeddings", "Representations"}
+    promised |= {"encode_to", "open_embeddings"}
     assert promised <= set(m3jax.__all__) and set(dir(m3jax)) == set(m3jax.__all__)
     for name in m3jax.__all__:
         value = getattr(m3jax, name)
@@ -56,6 +57,8 @@ def test_type_checkers_see_the_same_names():
         ("load", ["directory"], {"revision", "dtype", "heads"}),
         ("save", ["m3", "directory"], {"card"}),
         ("encode", ["m3", "texts"], {"dense", "sparse", "colbert", "max_length"}),
+        ("encode_to", ["directory", "m3", "texts"], {"dense", "sparse", "colbert", "colbert_dtype", "max_length"}),
+        ("open_embeddings", ["directory"], set()),
         ("score", ["queries", "passages"], {"weights", "pairwise"}),
         ("search", ["queries", "passages"], {"by", "k"}),
         ("apply", ["config", "params", "ids", "mask"], {"dropout", "key", "remat"}),

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from m3jax.tokenization import Tokenizer
+from m3jax.tokenization import Tokenizer, cls_columns
 
 TEXTS = [
     "the quick brown fox jumps over a lazy dog",
@@ -41,6 +41,34 @@ def test_same_ids_as_transformers(tiny_tokenizer, tiny_tokenizer_json, tmp_path)
         assert all(row.dtype == np.int32 for row in ours)
         whole = reference(TEXTS)["input_ids"]
         assert cut == (0 if max_length is None else sum(len(row) > max_length for row in whole))
+
+
+def test_mcls_token_by_token(tiny_tokenizer):
+    """A CLS before each 256 tokens, all within max_length; no run is empty (PAPER §5)."""
+    (word,), _ = tiny_tokenizer.encode(["a"])
+    assert len(word) == 3
+    counts = [0, 1, 2, 255, 256, 257, 258, 511, 512, 513, 514, 768, 769, 1100]
+    for max_length in (None, 2, 3, 4, 257, 258, 259, 260, 261, 514, 515, 516, 517, 518, 519, 773, 8192):
+        expected, cut = [], 0
+        for count in counts:
+            row = [0]
+            for token in range(count):
+                new_run = [0] * (token > 0 and token % 256 == 0)
+                if max_length and len(row) + len(new_run) + 2 > max_length:
+                    cut += 1
+                    break
+                row += [*new_run, word[1]]
+            expected.append([*row, 2])
+        got = tiny_tokenizer.encode(["a " * count for count in counts], max_length, mcls=True)
+        assert ([row.tolist() for row in got[0]], got[1]) == (expected, cut)
+        for row in expected:
+            assert list(cls_columns(len(row), mcls=True)) == [column for column, id in enumerate(row) if id == 0]
+            assert list(cls_columns(len(row), mcls=False)) == [0]
+
+
+def test_mcls_leaves_a_literal_cls_alone(tiny_tokenizer):
+    (row,), _ = tiny_tokenizer.encode(["<s> " * 300], mcls=True)
+    assert row.tolist() == [0] * 302 + [2] and list(cls_columns(len(row), mcls=True)) == [0, 257]
 
 
 def test_empty_text_and_no_texts(tiny_tokenizer):

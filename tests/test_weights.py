@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,12 @@ def test_sharded_safetensors(m3, saved):
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     (saved / "model.safetensors").unlink()
     assert_same_model(read(saved), m3)
+    again = {name: tensors[name] + 1 for name in parts["model-00003-of-00003.safetensors"] + names[:1]}
+    safetensors.numpy.save_file(again, saved / "model-00003-of-00003.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"in one shard; {re.escape(names[0])} in model-00003-of-00003\.safetensors too"
+    ):
+        read(saved)
     (saved / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors"):
         read(saved)
@@ -169,6 +176,15 @@ def test_one_error_lists_every_tensor_that_is_wrong(saved):
         assert part in message, part
 
 
+def test_a_tensor_with_the_prefix_and_without_is_left_over(m3, saved):
+    tensors = {f"roberta.{name}": x for name, x in encoder_tensors(saved).items()}
+    rewrite(saved, tensors)
+    assert_same_model(read(saved), m3)
+    rewrite(saved, tensors | {"embeddings.LayerNorm.bias": np.zeros(16, np.float32)})
+    with pytest.raises(ValueError, match=r"1 are not.*\n  left over: roberta\.embeddings\.LayerNorm\.bias$"):
+        read(saved)
+
+
 def test_position_ids_of_old_transformers_are_passed_over(m3, saved):
     tensors = encoder_tensors(saved) | {"embeddings.position_ids": np.arange(20)[None]}
     rewrite(saved, tensors)
@@ -181,7 +197,9 @@ def test_no_pooler(m3, saved):
     config, params, tokenizer = read(saved)
     assert not config.pooler and "pooler" not in params["encoder"]
     write(M3(config, params, tokenizer), saved)
-    assert encoder_tensors(saved).keys() == tensors.keys()
+    written = encoder_tensors(saved)
+    assert written.keys() - tensors.keys() == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert not written["pooler.dense.weight"].any() and read(saved)[0] == config  # zeros stand for none
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

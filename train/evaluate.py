@@ -1,88 +1,31 @@
 """Measure a model on a folder of passages, queries and relevance judgements: nDCG@10 and Recall@100 of all functions.
 
-How passages are ranked is m3jax.retrieval's, what the metrics mean pytrec_eval's, and a page of results train.report's.
+How passages are ranked is m3jax.retrieval's, what is asked and measured tasks.py's, and a page of results report.py's.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import bm25s
 import numpy as np
-import pytrec_eval
 
 import m3jax
 from m3jax.embeddings import Embeddings
 from m3jax.model import M3
 from m3jax.retrieval import FUNCTIONS, Function, search
 from m3jax.tokenization import Tokenizer
-from train.files import came, parse_object, read_lines, write_json, write_whole
+from train.files import write_json, write_whole
 from train.results import METRICS
-
-# {query id: {passage id: score}}, best first.
-Run = dict[str, dict[str, float]]
-Qrels = Mapping[str, Mapping[str, int]]
+from train.tasks import Run, Task, measure, read_tasks
+from train.tuning import DEFAULT, HYBRIDS, RERANK, Hybrid, Weights, choose_weights
 
 # Passages of each query in a run: as many as the deepest metric looks at.
 DEPTH = 100
-# Our names of the metrics -> trec_eval's.
-_TREC = {"ndcg_at_10": "ndcg_cut_10", "recall_at_100": "recall_100"}
-
-
-@dataclass(frozen=True)
-class Task:
-    """Passages, queries, and which passages are relevant to which query (relevance 1 or more).
-
-    Raises:
-      ValueError: for no passage, no query, judgements of unknown ids, ids that are empty or have whitespace (which TREC
-        files cannot hold), or no query with a relevant passage.
-    """
-
-    name: str
-    corpus: Mapping[str, str]
-    queries: Mapping[str, str]
-    qrels: Qrels
-
-    def __post_init__(self) -> None:
-        for kind, texts in (("passages", self.corpus), ("queries", self.queries)):
-            if not texts:
-                raise ValueError(f"task {self.name}: expected {kind}, got none.")
-            if bad := [id for id in texts if not _is_id(id)]:
-                raise ValueError(f"task {self.name}: ids of {kind} must be {_ID}, got {bad[0]!r}.")
-        for query, judged in self.qrels.items():
-            if query not in self.queries:
-                raise ValueError(
-                    f"task {self.name}: judgements name the query {query!r}, which is not among the queries."
-                )
-            if unknown := judged.keys() - self.corpus.keys():
-                raise ValueError(
-                    f"task {self.name}: judgements of query {query!r} name the passage {min(unknown)!r}, which is not in"
-                    " the corpus."
-                )
-        if not self.judged_queries:
-            raise ValueError(
-                f"task {self.name}: no query has a passage of relevance 1 or more, so there is nothing to measure."
-            )
-
-    @cached_property
-    def judged_queries(self) -> dict[str, str]:
-        """The queries that have a relevant passage, in their order; the others are neither ranked nor measured."""
-        relevant = _with_relevant(self.qrels)
-        return {id: text for id, text in self.queries.items() if id in relevant}
-
-    @property
-    def warnings(self) -> list[str]:
-        """What a reader of the figures must know: how many queries were left out."""
-        left_out = len(self.queries) - len(self.judged_queries)
-        return (
-            [f"{left_out} of {len(self.queries)} queries have no relevant passage and were left out"]
-            if left_out
-            else []
-        )
 
 
 @dataclass(frozen=True)
@@ -94,6 +37,7 @@ class Evaluation:
       warnings: what a reader of the figures must know.
       scores: {"bm25" or a function: {"ndcg_at_10", "recall_at_100": mean over the queries}}.
       runs: {"bm25" or a function: {query id: {passage id: score}}}, best first.
+      weights: of dense, sparse and colbert in "dense+sparse" and "all", where they were ranked.
     """
 
     name: str
@@ -102,6 +46,7 @@ class Evaluation:
     warnings: list[str]
     scores: dict[str, dict[str, float]]
     runs: dict[str, Run]
+    weights: dict[Hybrid, Weights] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the runs, for json.dump."""
@@ -111,19 +56,22 @@ class Evaluation:
             "passages": self.passages,
             "warnings": self.warnings,
             "scores": self.scores,
+            "weights": {function: list(weights) for function, weights in self.weights.items()},
         }
 
     def to_markdown(self) -> str:
-        """The scores as a Markdown table, with the sizes above and the warnings below.
+        """The scores as a Markdown table, with the sizes above, and the weights and the warnings below.
 
         >>> scores = {"bm25": {"ndcg_at_10": 0.25, "recall_at_100": 1}, "all": {"ndcg_at_10": 0.5, "recall_at_100": 1}}
-        >>> print(Evaluation("demo", 2, 3, [], scores, {}).to_markdown())
+        >>> print(Evaluation("demo", 2, 3, [], scores, {}, {"all": (1, 0.3, 1)}).to_markdown())
         demo: 2 queries, 3 passages
         <BLANKLINE>
         | | nDCG@10 | Recall@100 |
         |---|---:|---:|
         | BM25 | 0.250 | 1.000 |
         | all | 0.500 | 1.000 |
+        <BLANKLINE>
+        Weights of dense, sparse, colbert: 1, 0.3, 1 in all.
         """
         lines = [
             f"{self.name}: {self.queries:,} queries, {self.passages:,} passages",
@@ -134,6 +82,8 @@ class Evaluation:
         for function, values in self.scores.items():
             label = "BM25" if function == "bm25" else function
             lines.append(f"| {label} | {' | '.join(f'{values[metric]:.3f}' for metric in METRICS)} |")
+        if self.weights:
+            lines += ["", f"Weights of dense, sparse, colbert: {_shown(self.weights)}."]
         if self.warnings:
             lines += ["", *(f"Warning: {warning}." for warning in self.warnings)]
         return "\n".join(lines)
@@ -153,67 +103,15 @@ class Evaluation:
         write_json(folder / "results.json", self.to_dict())
 
 
-def read_task(folder: str | Path) -> Task:
-    """The task of a folder with corpus.jsonl, test_queries.jsonl and test_qrels.jsonl (FlagEmbedding's custom layout).
+@dataclass(frozen=True)
+class _Encoded:
+    """A task's judged queries and its passages as embeddings and as BM25's terms, and how many texts were cut."""
 
-    Rows are {"id", "title"?, "text"}, {"id", "text"} and {"qid", "docid", "relevance"}; other fields are ignored, and
-    blank lines too. The text of a passage is its title, a space, and its text.
-
-    Raises:
-      ValueError: with path:line and what was expected, for a row that is not JSON, lacks a field or has a wrong type, an
-        id that is repeated, empty or has whitespace, or a judgement that is repeated or names an unknown id; with the path
-        for a missing or empty file; and where no query has a relevant passage.
-    """
-    folder = Path(folder).resolve()
-    corpus, queries = (_read_texts(folder / name) for name in ("corpus.jsonl", "test_queries.jsonl"))
-    qrels: dict[str, dict[str, int]] = {}
-    path = folder / "test_qrels.jsonl"
-    for where, row in _rows(path, {"qid": str, "docid": str, "relevance": int}):
-        for field, known, file in (("qid", queries, "test_queries.jsonl"), ("docid", corpus, "corpus.jsonl")):
-            if row[field] not in known:
-                raise ValueError(
-                    f"{where}: expected as {field} an id of {file}, got {row[field]!r}, which is not there."
-                )
-        judged = qrels.setdefault(row["qid"], {})
-        if row["docid"] in judged:
-            raise ValueError(
-                f"{where}: expected one judgement of each query and passage, got a second of {row['qid']!r} and"
-                f" {row['docid']!r}."
-            )
-        judged[row["docid"]] = row["relevance"]
-    return Task(folder.name, corpus, queries, qrels)
-
-
-def read_tasks(folders: Sequence[str | Path]) -> list[Task]:
-    """The tasks of several folders; where two have one name ("test"), each is named by its path. ValueError as `read_task`,
-    and for a folder that is given twice."""
-    if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise ValueError(f"each folder is measured once; got one of them twice: {', '.join(map(str, folders))}")
-    tasks = [read_task(folder) for folder in folders]
-    if len({task.name for task in tasks}) < len(tasks):
-        tasks = [replace(task, name=Path(folder).as_posix()) for task, folder in zip(tasks, folders, strict=True)]
-    return tasks
-
-
-def measure(run: Mapping[str, Mapping[str, float]], qrels: Qrels) -> dict[str, float]:
-    """Means of nDCG@10 and Recall@100 over the queries of qrels that have a relevant passage, by trec_eval.
-
-    A query that the run lacks counts 0. Among equal scores trec_eval ranks by passage id, not by the run's order.
-
-    Raises:
-      ValueError: where no query has a relevant passage.
-
-    >>> measure({"q": {"a": 2.0, "b": 1.0}}, {"q": {"a": 1}, "not in the run": {"b": 1}, "nothing relevant": {"b": 0}})
-    {'ndcg_at_10': 0.5, 'recall_at_100': 0.5}
-    """
-    relevant = _with_relevant(qrels)
-    if not relevant:
-        raise ValueError("measure: expected qrels with a query that has a passage of relevance 1 or more, got none.")
-    evaluator = pytrec_eval.RelevanceEvaluator(
-        {query: dict(qrels[query]) for query in relevant}, {"ndcg_cut.10", "recall.100"}
-    )
-    found = evaluator.evaluate({query: dict(run[query]) for query in relevant if run.get(query)})
-    return {name: sum(values[trec] for values in found.values()) / len(relevant) for name, trec in _TREC.items()}
+    queries: Embeddings
+    passages: Embeddings
+    query_terms: list[list[int]]
+    passage_terms: list[list[int]]
+    warnings: list[str]
 
 
 def evaluate(
@@ -221,6 +119,8 @@ def evaluate(
     task: Task,
     *,
     functions: Sequence[Function] = FUNCTIONS,
+    weights: Mapping[Hybrid, Weights] | None = None,
+    rerank: int = RERANK,
     baseline: bool = True,
     max_length: int | None = None,
     query_max_length: int | None = None,
@@ -229,7 +129,9 @@ def evaluate(
     """Encode a task's queries and passages, rank by each function, and measure.
 
     Args:
-      functions: those of m3jax.search, with its default weights and depths.
+      functions: those of m3jax.search.
+      weights: of dense, sparse and colbert in "dense+sparse" and "all"; search's own for one that is not named.
+      rerank: how many of dense's passages colbert and all rank again.
       baseline: whether to measure BM25 too, on the terms that the model sees.
       max_length, query_max_length: tokens of passages and of queries; None is the model's positions.
       progress: show the progress of encode.
@@ -237,53 +139,45 @@ def evaluate(
     Raises:
       ValueError: as `m3jax.encode` and `m3jax.search` do.
     """
-    warnings, texts = [], {"queries": list(task.judged_queries.values()), "passages": list(task.corpus.values())}
-    terms: dict[str, list[list[int]]] = {}
-    embeddings: dict[str, Embeddings] = {}
-    for kind, length in (("queries", query_max_length), ("passages", max_length)):
-        length = m3.config.max_length if length is None else length
-        terms[kind], cut = _terms(m3.tokenizer, texts[kind], length)
-        if cut:
-            warnings.append(f"{cut} of {len(texts[kind])} {kind} were cut to {length} tokens")
-        embeddings[kind] = m3jax.encode(
-            m3,
-            texts[kind],
-            dense=set(functions) != {"sparse"},
-            sparse=not {"sparse", "dense+sparse", "all"}.isdisjoint(functions),
-            colbert=not {"colbert", "all"}.isdisjoint(functions),
-            max_length=length,
-            progress=progress,
-        )
-    runs = {"bm25": bm25(task, terms["queries"], terms["passages"])} if baseline else {}
+    weights = {by: (weights or {}).get(by, DEFAULT[by]) for by in HYBRIDS if by in functions}
+    encoded = _encode(m3, task, functions, max_length, query_max_length, progress)
+    runs = {"bm25": bm25(task, encoded.query_terms, encoded.passage_terms)} if baseline else {}
     for function in functions:
-        runs[function] = rank(task, embeddings["queries"], embeddings["passages"], by=function)
+        own = weights[function] if function in HYBRIDS else None
+        runs[function] = rank(task, encoded.queries, encoded.passages, by=function, weights=own, rerank=rerank)
     return Evaluation(
         name=task.name,
         queries=len(task.judged_queries),
         passages=len(task.corpus),
-        warnings=task.warnings + warnings,
+        warnings=task.warnings + encoded.warnings,
         scores={function: measure(run, task.qrels) for function, run in runs.items()},
         runs=runs,
+        weights=weights,
     )
 
 
-def rank(task: Task, queries: Embeddings, passages: Embeddings, *, by: Function) -> Run:
+def rank(
+    task: Task,
+    queries: Embeddings,
+    passages: Embeddings,
+    *,
+    by: Function,
+    weights: Weights | None = None,
+    rerank: int = RERANK,
+) -> Run:
     """The best DEPTH passages of each judged query; the rows are those of `task.judged_queries` and `task.corpus`.
 
     Raises:
       ValueError: where the numbers of rows are others, and as `m3jax.search` does.
     """
-    query_ids, passage_ids = list(task.judged_queries), list(task.corpus)
-    if (len(queries), len(passages)) != (len(query_ids), len(passage_ids)):
+    if (len(queries), len(passages)) != (len(task.judged_queries), len(task.corpus)):
         raise ValueError(
-            f"rank: task {task.name} has {len(query_ids)} judged queries and {len(passage_ids)} passages, got embeddings"
-            f" of {len(queries)} and {len(passages)}; encode task.judged_queries.values() and task.corpus.values()."
+            f"rank: task {task.name} has {len(task.judged_queries)} judged queries and {len(task.corpus)} passages, got"
+            f" embeddings of {len(queries)} and {len(passages)}; encode task.judged_queries.values() and"
+            " task.corpus.values()."
         )
-    results = search(queries, passages, by=by, k=DEPTH)
-    return {
-        query: {passage_ids[row]: score for row, score in zip(rows, scores, strict=True) if row >= 0}
-        for query, rows, scores in zip(query_ids, results.indices.tolist(), results.scores.tolist(), strict=True)
-    }
+    found = search(queries, passages, by=by, k=DEPTH, weights=weights, rerank=rerank)
+    return task.run(found.indices, found.scores)
 
 
 def bm25(task: Task, query_terms: Sequence[Sequence[int]], passage_terms: Sequence[Sequence[int]]) -> Run:
@@ -328,24 +222,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="where results.json, results.md and the TREC runs go, a folder each"
     )
+    hybrid = parser.add_mutually_exclusive_group()
+    hybrid.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        type=_weights,
+        metavar="W,W[,W]",
+        help="two numbers are the weights of dense and sparse in dense+sparse, three those of dense, sparse and colbert in"
+        " all, as in 0.2,0.8 0.15,0.5,0.35 (default: 1,0.3 1,0.3,1)",
+    )
+    hybrid.add_argument(
+        "--choose_weights",
+        nargs="+",
+        metavar="DEV",
+        help="take the weights with the best mean nDCG@10 on these folders, which must be others than those of --data",
+    )
+    parser.add_argument(
+        "--rerank",
+        type=int,
+        default=RERANK,
+        help="passages of dense's ranking that colbert and all rank again (default: %(default)s, the paper's)",
+    )
     parser.add_argument("--max_length", type=int, help="tokens of a passage (default: the model's positions)")
     parser.add_argument("--query_max_length", type=int, help="tokens of a query (default: the model's positions)")
     flags = parser.parse_args(arguments)
+    weights: dict[Hybrid, Weights] = dict(flags.weights)
+    if len(weights) < len(flags.weights):
+        parser.error("--weights takes two numbers once, for dense+sparse, and three once, for all")
     try:
         # The data first: reading it takes seconds, encoding it may take hours.
-        tasks = [read_task(folder) for folder in flags.data]
-        if len({task.name for task in tasks}) < len(tasks):
-            # All folders called "test": their parents tell them apart.
-            tasks = [
-                replace(task, name=Path(folder).as_posix()) for task, folder in zip(tasks, flags.data, strict=True)
-            ]
+        tasks = read_tasks(flags.data)
+        held_out = read_tasks(flags.choose_weights or [])
+        if both := {Path(folder).resolve() for folder in flags.data} & {
+            Path(folder).resolve() for folder in flags.choose_weights or []
+        }:
+            raise ValueError(
+                f"weights are chosen on other queries than they are measured on, got {min(both)} for both --choose_weights"
+                " and --data; give a dev folder to --choose_weights"
+            )
+        lengths = {"max_length": flags.max_length, "query_max_length": flags.query_max_length}
         m3 = m3jax.load(flags.model)
+        if held_out:
+            weights = _chosen(m3, held_out, flags.rerank, **lengths)
         done = []
         for task in tasks:
             if done:
                 print()
-            lengths = {"max_length": flags.max_length, "query_max_length": flags.query_max_length}
-            done.append(evaluate(m3, task, progress=True, **lengths))
+            done.append(evaluate(m3, task, weights=weights, rerank=flags.rerank, progress=True, **lengths))
             print(done[-1].to_markdown(), flush=True)
             if flags.output is not None:
                 done[-1].write(Path(flags.output) / task.name.replace("/", "-") if len(tasks) > 1 else flags.output)
@@ -377,7 +301,77 @@ def mean(evaluations: Sequence[Evaluation]) -> Evaluation:
         warnings=[f"{one.name}: {warning}" for one in evaluations for warning in one.warnings],
         scores=scores,
         runs={},
+        weights=evaluations[0].weights,
     )
+
+
+def _chosen(
+    m3: M3, tasks: Sequence[Task], rerank: int, max_length: int | None, query_max_length: int | None
+) -> dict[Hybrid, Weights]:
+    """The weights of both hybrid functions that are best on these tasks; says how good they are there."""
+    parts = [(task, _encode(m3, task, FUNCTIONS, max_length, query_max_length, progress=True)) for task in tasks]
+    encoded = [(task, part.queries, part.passages) for task, part in parts]
+    chosen: dict[Hybrid, tuple[Weights, float]] = {by: choose_weights(by, encoded, rerank=rerank) for by in HYBRIDS}
+    print(f"weights of dense, sparse, colbert, chosen on {', '.join(task.name for task in tasks)}:")
+    for by, (weights, ndcg) in chosen.items():
+        print(f"  {_shown({by: weights})}: nDCG@10 {ndcg:.3f} there")
+    print(flush=True)
+    return {by: weights for by, (weights, _) in chosen.items()}
+
+
+def _encode(
+    m3: M3,
+    task: Task,
+    functions: Sequence[Function],
+    max_length: int | None,
+    query_max_length: int | None,
+    progress: bool,
+) -> _Encoded:
+    warnings: list[str] = []
+    terms: list[list[list[int]]] = []
+    embeddings: list[Embeddings] = []
+    for kind, texts, length in (
+        ("queries", list(task.judged_queries.values()), query_max_length),
+        ("passages", list(task.corpus.values()), max_length),
+    ):
+        length = m3.config.max_length if length is None else length
+        of_kind, cut = _terms(m3.tokenizer, texts, length)
+        terms.append(of_kind)
+        if cut:
+            warnings.append(f"{cut} of {len(texts)} {kind} were cut to {length} tokens")
+        embeddings.append(
+            m3jax.encode(
+                m3,
+                texts,
+                dense=set(functions) != {"sparse"},
+                sparse=not {"sparse", *HYBRIDS}.isdisjoint(functions),
+                colbert=not {"colbert", "all"}.isdisjoint(functions),
+                max_length=length,
+                progress=progress,
+            )
+        )
+    queries, passages = embeddings
+    query_terms, passage_terms = terms
+    return _Encoded(queries, passages, query_terms, passage_terms, warnings)
+
+
+def _weights(text: str) -> tuple[Hybrid, Weights]:
+    """What --weights takes: "0.2,0.8" are those of dense+sparse, "0.15,0.5,0.35" those of all."""
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (2, 3) or not all(map(math.isfinite, numbers)) or not any(numbers):
+        raise argparse.ArgumentTypeError(
+            f"expected two numbers (dense+sparse) or three (all) with commas between, finite and not all 0, got {text!r}"
+        )
+    by: Hybrid = "all" if len(numbers) == 3 else "dense+sparse"
+    dense, sparse, colbert = (*numbers, 0.0)[:3]
+    return by, (dense, sparse, colbert)
+
+
+def _shown(weights: Mapping[Hybrid, Weights]) -> str:
+    return "; ".join(f"{', '.join(f'{weight:g}' for weight in of)} in {by}" for by, of in weights.items())
 
 
 def _terms(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
@@ -385,53 +379,6 @@ def _terms(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> tuple
     rows, cut = tokenizer.encode(texts, max_length)
     unused = np.array(sorted(tokenizer.unused_ids))
     return [row[~np.isin(row, unused)].tolist() for row in rows], cut
-
-
-def _with_relevant(qrels: Qrels) -> Collection[str]:
-    # Not a set, whose order changes from process to process, and with it the last digit of a mean.
-    return dict.fromkeys(
-        query for query, judged in qrels.items() if any(relevance > 0 for relevance in judged.values())
-    )
-
-
-_ID = "a str that is neither empty nor has whitespace (TREC files could not hold it)"
-
-
-def _is_id(id: str) -> bool:
-    return len(id.split()) == 1 and id.split()[0] == id
-
-
-def _read_texts(path: Path) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for where, row in _rows(path, {"id": str, "text": str}, optional={"title": str}):
-        id = row["id"]
-        if not _is_id(id):
-            raise ValueError(f"{where}: expected as id {_ID}, got {id!r}.")
-        if id in texts:
-            raise ValueError(f"{where}: expected an id that no other row has, got {id!r} again.")
-        texts[id] = f"{row.get('title', '')} {row['text']}".strip()
-    if not texts:
-        raise ValueError(f"{path}: expected at least one row, got none.")
-    return texts
-
-
-def _rows(path: Path, fields: dict[str, type], optional: dict[str, type] | None = None) -> Iterator[tuple[str, dict]]:
-    """("path:line", row) of each line that is not blank; ValueError if a row is not an object with these fields."""
-    expected = ", ".join(f"{name}: {kind.__name__}" for name, kind in fields.items())
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a file of JSON lines {{{expected}}}, got no such file.")
-    for where, line in read_lines(path):
-        try:
-            row = parse_object(line)
-            if missing := [name for name in fields if name not in row]:
-                raise ValueError(f"the row lacks {', '.join(missing)}; {came(row)}")
-            for name, kind in {**fields, **(optional or {})}.items():
-                # type() and not isinstance: true is no relevance.
-                if name in row and type(row[name]) is not kind:
-                    raise ValueError(f"`{name}` must be of type {kind.__name__}; {came(row[name])}")
-        except ValueError as error:
-            raise ValueError(f"{where}: expected {{{expected}}}: {error}.") from None
-        yield where, row
 
 
 if __name__ == "__main__":

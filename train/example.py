@@ -10,7 +10,7 @@ from typing import Any
 
 import m3jax
 from m3jax.model import M3
-from train.evaluate import Task
+from train.tasks import Task
 
 Runs = Mapping[str, Mapping[str, Mapping[str, float]]]  # function → query id → passage id → score
 

@@ -34,7 +34,7 @@ from train.console import describe, say
 from train.data import cldr
 from train.data.builders import prepare
 from train.data.pipeline import Batch, LengthGroup, make_batches
-from train.evaluate import Evaluation, Task, evaluate, read_task, read_tasks
+from train.evaluate import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
 from train.optimizer import learning_rate, make_optimizer
@@ -42,6 +42,7 @@ from train.release import card_of_run
 from train.report import write_report
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
+from train.tasks import Task, read_task, read_tasks
 
 _DEMO = "cldr"
 
@@ -103,7 +104,7 @@ def train(config: Config) -> dict[str, Any]:
             num_steps=config.steps,
             pad_id=m3.tokenizer.pad_id,
         )
-        untrained = _untrained(config, run, m3, tests)
+        untrained = _untrained(config, run, m3, tests, going_on=first > 0)
         clock.lap("evaluate")
         step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
         for done, now in _steps(config, step, state, batches, first, log):
@@ -266,10 +267,11 @@ def _check(config: Config) -> None:
     rules = (
         ("at least 1", lambda x: x >= 1, "steps log_every evaluate_every save_every keep_checkpoints group_size"),
         ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip temperature adam_eps"),
-        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay"),
+        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay seed"),
         ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup"),
         ("from 0 to below 1", lambda x: 0 <= x < 1, "dropout adam_b1 adam_b2"),
         ("a step, or -1 for never", lambda x: x >= -1, "distill_start"),
+        ("three numbers from 0 up", _three_from_0, "hybrid_weights loss_weights"),
     )
     wrong = [
         f"{key} = {config[key]}, expected {rule}"
@@ -283,6 +285,10 @@ def _check(config: Config) -> None:
         wrong.append(f"{jax.process_count()} processes: this version trains with one, over all of its devices")
     if wrong:
         raise ValueError("settings that no run can have: " + "; ".join(wrong))
+
+
+def _three_from_0(weights: Any) -> bool:
+    return len(weights) == 3 and all(isinstance(x, int | float) and 0 <= x < math.inf for x in weights)
 
 
 def _listed(paths: str) -> list[str]:
@@ -362,14 +368,16 @@ def _model(m3: M3, state: TrainState) -> M3:
     return dataclasses.replace(m3, params=cast(state.params, "float32"))
 
 
-def _untrained(config: Config, run: Path, m3: M3, tests: list[Task]) -> list[dict[str, Any]]:
-    """Scores before the first step; a run that goes on keeps those that it measured."""
+def _untrained(config: Config, run: Path, m3: M3, tests: list[Task], *, going_on: bool) -> list[dict[str, Any]]:
+    """Scores before the first step; a run that goes on, and so began with this model, keeps what it measured of these tasks."""
     if not (config.evaluate_untrained and tests):
         return []
     kept = run / "untrained.json"
-    of = {key: config[key] for key in ("seed", "init_from", "query_max_length", "passage_max_length")}
-    of |= {"model": repr(m3.config), "test": config.data.test}
-    if kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["of"] == of:
+    # By what the folders hold, not by their names: a folder may have been written anew.
+    content = json.dumps([[task.name, task.corpus, task.queries, task.qrels] for task in tests]).encode()
+    of = {"tests": hashlib.blake2b(content, digest_size=8).hexdigest()}
+    of |= {key: config[key] for key in ("query_max_length", "passage_max_length")}
+    if going_on and kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["of"] == of:
         return known["evaluations"]
     say("measuring the untrained model …")
     measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]

@@ -82,37 +82,43 @@ class M3jax(Contestant):
             else jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
         )
 
-    # The two that know how m3jax works inside; they move with m3jax/batching.py and m3jax/embedder.py.
+    # The two that know how m3jax works inside; they move with m3jax/batching.py and m3jax/encoding.py.
 
     def padding_share(self, lengths: list[int]) -> float:
         """Positions that the device computes for nothing, of all that it computes."""
-        from m3jax.batching import plan_batches
+        from m3jax import batching, encoding, forward
 
-        computed = sum(batch.row_count * batch.length for batch in plan_batches(lengths, batch_tokens=16384))
-        return 1 - sum(lengths) / computed
+        rows, groups = encoding._ROWS[forward.backend(self.m3.params)], forward.row_groups(self.m3.params)
+        batches = batching.pack(
+            lengths,
+            batch_tokens=rows.batch_tokens * groups,
+            row_length=rows.row_length,
+            step=rows.step,
+            row_multiple=groups,
+        )
+        return 1 - sum(lengths) / sum(count * length for count, length in (batch.shape for batch in batches))
 
     def host_and_device(self, texts: list[str], repeats: int) -> list[tuple[float, float, float]]:
         """Seconds of encode, of its batches alone (ready beforehand, results left on the device), of tokenising alone."""
         import jax
 
-        from m3jax import embedder
+        from m3jax import encoding
 
-        forward, batches = embedder._forward, []
+        forward, batches = encoding.forward, []
 
         def recorded(*batch):
             batches.append(batch)
             return forward(*batch)
 
-        embedder._forward = recorded
+        encoding.forward = recorded
         self.encode(texts)
-        embedder._forward = forward
+        encoding.forward = forward
         rounds = []
         for _ in range(repeats):
             times = [time.perf_counter()]
             self.encode(texts)
             times.append(time.perf_counter())
-            with jax.default_matmul_precision("highest"):
-                jax.block_until_ready([forward(*batch) for batch in batches])
+            jax.block_until_ready([forward(*batch) for batch in batches])
             times.append(time.perf_counter())
             self.m3.tokenizer.encode(texts, LONGEST)
             times.append(time.perf_counter())
@@ -315,45 +321,19 @@ def export_onnx(model: Path) -> None:
 
 
 def make_model(model: Path, tokenizer: Path, layers: int, width: int) -> None:
-    """A released directory of random weights, of which no part hides: attention is sharp and tokens stay apart.
-
-    The scales are those of tests/parity/conftest.py. With fresh weights every text would get nearly the same vector, and
-    vectors that agree would prove nothing.
-    """
+    """A released directory of random weights."""
     import m3jax
-    from m3jax.model import flatten, shapes, unflatten
+    from tests.random_model import random_model
 
-    read = m3jax.Tokenizer.from_file(tokenizer)
-    config = m3jax.M3Config(
-        vocab_size=read.vocab_size,
+    m3 = random_model(
+        m3jax.Tokenizer.from_file(tokenizer),
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=width // 64,
         intermediate_size=4 * width,
         colbert_dim=width,
     )
-    random = np.random.default_rng(0)
-
-    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        noise = random.standard_normal(shape, np.float32)
-        *_, module, kind = path.split("/")
-        if kind == "scale":
-            return 1 + np.float32(0.2) * noise
-        if kind == "bias":
-            return np.float32(0.2) * noise
-        if kind == "embedding":
-            return np.float32(0.5) * noise
-        gain = {
-            "q": 2.5,
-            "k": 2.5,
-            "attention_out": 0.9 / layers**0.5,
-            "down": 0.9 / layers**0.5,
-            "sparse_linear": 0.25,
-        }
-        return np.float32(gain.get(module, 1.5) / shape[0] ** 0.5) * noise
-
-    params = unflatten({path: draw(path, x.shape) for path, x in flatten(shapes(config)).items()})
-    m3jax.save(m3jax.M3(config, params, read), model)
+    m3jax.save(m3, model)
 
 
 def backend() -> tuple[str, str]:

@@ -319,6 +319,16 @@ def test_other_test_sets_are_measured_untrained_too(ran, configured, data, tmp_p
     found = [(one["name"], one["model"]) for one in results["evaluations"]]
     assert found == [("test-unseen", "trained"), ("test-unseen", "untrained")]
     assert results["evaluations"] == [one for one in ran[1]["evaluations"] if one["name"] == "test-unseen"]
+    # The same folder with other judgements is another test set.
+    judged = data / "test-unseen" / "test_qrels.jsonl"
+    before = judged.read_text()
+    judged.write_text(before.replace('"p0"', '"p7"'))
+    try:
+        again = train.loop.train(configured(run, **{"data.test": str(data / "test-unseen")}))
+    finally:
+        judged.write_text(before)
+    assert [one["scores"] for one in again["evaluations"]] != [one["scores"] for one in results["evaluations"]]
+    assert again["evaluations"][1]["scores"] != results["evaluations"][1]["scores"]  # untrained
 
 
 @pytest.mark.parametrize("at", [2, 3])
@@ -435,6 +445,9 @@ def test_bad_rows_end_a_run_before_it_starts(data, configured, steps, tmp_path, 
         ({"log_every": 0, "warmup": 3.0}, "log_every = 0, expected at least 1; warmup = 3.0, expected from 0 to 1"),
         ({"dtype": "bf16"}, "dtype = 'bf16', expected 'float32' or 'bfloat16'"),
         ({"distill_start": -5}, "distill_start = -5, expected a step, or -1 for never"),
+        ({"hybrid_weights": (1.0, 0.3)}, r"hybrid_weights = \(1.0, 0.3\), expected three numbers from 0 up"),
+        ({"loss_weights": (1.0, -0.1, float("nan"))}, r"loss_weights = \(1.0, -0.1, nan\), expected three numbers"),
+        ({"seed": -1}, "seed = -1, expected from 0 up"),
         ({"mesh.data": 3}, "mesh sizes must multiply to the number of devices"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -202,8 +202,9 @@ def joined(one: bytes, two: bytes, rng: random.Random) -> bytes:
 STORAGES = ["Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool"]
 ITEMSIZES = [4, 2, 2, 8, 8, 4, 2, 1, 1, 1]
 GLOBALS = [f"torch {name}Storage" for name in STORAGES]
-GLOBALS += ["torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"]
+GLOBALS += ["torch._utils _rebuild_tensor_v2", "collections OrderedDict"]
 FOREIGN = [
+    "torch._utils _rebuild_parameter",
     "os system",
     "builtins eval",
     "torch UntypedStorage",
@@ -342,8 +343,6 @@ def generated(rng: random.Random) -> Entries:
         tensor += string(odd("cpu", "cuda:0", "meta", "")) + integer(odd(count, count + 1, -1)) + b"tQ"
         tensor += integer(offset) + integers(shape) + integers(strides) + odd(b"\x89", b"\x88", b"K\0", b"N")
         tensor += odd(name("collections OrderedDict") + b")R", b"}", b"N") + b"tR"
-        if rng.random() < 0.2:
-            tensor = name("torch._utils _rebuild_parameter") + tensor + odd(b"\x88", b"\x89", b"N") + b"}\x87R"
         if rng.random() < 0.2:
             tensor += b"q" + bytes([rng.randrange(4)])
         code.append(string(odd(f"layer.{index}", *NAMES)) + odd(tensor, b"h" + bytes([rng.randrange(4)])) + b"s")

@@ -4,6 +4,7 @@ Not here: the references themselves (plain PyTorch and FlagEmbedding), each of w
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -118,11 +119,22 @@ def to_ours() -> Callable[[M3Config, Mapping[str, Any]], Params]:
 
 
 @pytest.fixture(scope="session")
-def flag_embedding() -> Callable[[str], Any]:
-    """flag_embedding(module): that module of FlagEmbedding; skips the test where it is not installed."""
+def peer_module() -> Callable[[str], Any]:
+    """peer_module(name): a module of the `peer` extra; skips the test where its package is not installed.
 
-    def find(module: str) -> Any:
-        pytest.importorskip("FlagEmbedding", reason="parity with the peer needs FlagEmbedding (the `peer` extra)")
-        return importlib.import_module(f"FlagEmbedding.{module}")
+    Not `importorskip`, which skips as well where the package is there and something that it imports is not.
+    """
+
+    def find(name: str) -> Any:
+        package = name.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"parity with the peer needs {package} (the `peer` extra)")
+        return importlib.import_module(name)
 
     return find
+
+
+@pytest.fixture(scope="session")
+def flag_embedding(peer_module: Callable[[str], Any]) -> Callable[[str], Any]:
+    """flag_embedding(module): that module of FlagEmbedding."""
+    return lambda module: peer_module(f"FlagEmbedding.{module}")

@@ -28,8 +28,8 @@ def result(directory, package):
     return printed[0]
 
 
-def test_flag_embedding(saved):
-    pytest.importorskip("FlagEmbedding", reason="needs the peer extra")
+def test_flag_embedding(saved, peer_module):
+    peer_module("FlagEmbedding")
     ours = m3jax.encode(m3jax.load(saved), ["What is M3?"], colbert=True)
     theirs = result(saved, "FlagEmbedding")
     np.testing.assert_allclose(theirs["dense_vecs"], ours.dense_vecs, atol=1e-5)
@@ -38,7 +38,7 @@ def test_flag_embedding(saved):
     assert dict(weights) == pytest.approx(ours.lexical_weights[0], abs=1e-5)
 
 
-def test_sentence_transformers(saved):
-    pytest.importorskip("sentence_transformers", reason="needs the peer extra")
+def test_sentence_transformers(saved, peer_module):
+    peer_module("sentence_transformers")
     ours = m3jax.encode(m3jax.load(saved), ["What is M3?"])
     np.testing.assert_allclose(result(saved, "sentence_transformers"), ours.dense_vecs, atol=1e-5)

@@ -59,6 +59,31 @@ def test_to_jax_and_back_is_bit_identical_in_transformers(theirs, tmp_path, dtyp
     assert tokenizer("a house").input_ids == m3jax.load(tmp_path / "ours").tokenizer.encode(["a house"])[0][0].tolist()
 
 
+@pytest.mark.parametrize("kind", ["XLMRobertaModel", "XLMRobertaForMaskedLM"])  # with a pooler and without
+def test_all_load_in_silence_and_answer_alike(kind, theirs, tmp_path, peer_module, caplog, capfd, recwarn):
+    """What a conversion wrote, in FlagEmbedding and in sentence-transformers; the card's lines are test_card_parity.py's."""
+    peer = peer_module("FlagEmbedding").BGEM3FlagModel
+    sentence_transformer = peer_module("sentence_transformers").SentenceTransformer
+    _, directory = theirs(kind=kind)
+    main(["from-pytorch", str(directory), str(tmp_path / "orbax"), "--heads", "init"])
+    main(["to-pytorch", str(tmp_path / "orbax"), str(tmp_path / "ours"), "--format", "pickle"])
+    ours = m3jax.encode(m3jax.load(tmp_path / "ours"), "the old river")
+    recwarn.clear()
+    capfd.readouterr()
+    transformers.logging.enable_propagation()
+    with caplog.at_level(logging.INFO):
+        transformers.XLMRobertaModel.from_pretrained(tmp_path / "ours")
+        one = peer(str(tmp_path / "ours"), use_fp16=False, devices="cpu")
+        two = sentence_transformer(str(tmp_path / "ours"), device="cpu")
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    said += [str(warning.message) for warning in recwarn.list]
+    said += [line for line in capfd.readouterr().err.splitlines() if "warn" in line.lower()]
+    assert said == []
+    for answer in (one.encode("the old river")["dense_vecs"], two.encode("the old river")):
+        np.testing.assert_allclose(answer, ours.dense_vecs, atol=1e-5)
+    assert two.max_seq_length == 126
+
+
 def test_a_masked_language_model_of_transformers(theirs, tmp_path, recwarn):
     """xlm-roberta-base and -large are stored so. The head is named, not lost in silence."""
     before, directory = theirs(kind="XLMRobertaForMaskedLM")
@@ -68,8 +93,8 @@ def test_a_masked_language_model_of_transformers(theirs, tmp_path, recwarn):
     np.testing.assert_array_equal(params["encoder"]["layers"][1]["up"]["kernel"], expected)
 
 
-def test_an_export_of_sentence_transformers(theirs, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs the peer extra")
+def test_an_export_of_sentence_transformers(theirs, tmp_path, peer_module):
+    sentence_transformers = peer_module("sentence_transformers")
     modules = importlib.import_module("sentence_transformers.models")
     _, directory = theirs()
     word = modules.Transformer(str(directory))

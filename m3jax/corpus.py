@@ -1,0 +1,271 @@
+"""encode_to: the embeddings of a corpus of any size to files, shard by shard, going on where it was stopped.
+
+Not here: the files (shards.py), the embeddings themselves (embedder.py).
+"""
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from m3jax import paths, provenance, room, shards
+from m3jax.embeddings import Embeddings
+from m3jax.encoding import make_plan, run, say_cut
+from m3jax.model import M3
+from m3jax.shards import COLBERT_DTYPES, ColbertDtype
+
+# A shard with colbert is closed before its vectors could take more than this in float32, if every character were a token:
+# a shard is in memory whole, and 8192 texts of 8192 tokens and width 1024 would be 256 GiB.
+COLBERT_BYTES = 2 << 30
+# Texts that are tokenised to say how much disk the rest will take: the mean length is then within about 6% where the
+# lengths' deviation is their mean, and 256 x 8192 tokens take 2 seconds.
+SAMPLE = 256
+
+
+def encode_to(
+    directory: str | Path,
+    m3: M3,
+    texts: Iterable[str],
+    *,
+    dense: bool = True,
+    sparse: bool = True,
+    colbert: bool = False,
+    colbert_dtype: ColbertDtype = "float16",
+    max_length: int | None = None,
+    instruction: str = "",
+    truncate_dim: int | None = None,
+    mcls: bool = False,
+    batch_tokens: int | None = None,
+    shard_texts: int = 8192,
+    progress: bool | None = None,
+) -> Embeddings:
+    """Encode texts into files, in their order, and open them: a corpus of any size, with the memory of two shards.
+
+    The bytes that each output takes are said on stderr first, dense exactly and the others estimated from a sample. What was
+    stopped, by a kill, Ctrl-C or a full disk, goes on with the same call: texts whose shards are there are read and compared
+    by a digest, not encoded. A directory is finished when all texts are in it; until then `open_embeddings` refuses it.
+
+    directory: on a file system; shards.py tells what is in it. texts: any iterable of str; one that knows its length is
+    checked against the free disk before it begins, others shard by shard. colbert_dtype: what colbert vectors are stored in;
+    they are read as float32. "float16" is within 2⁻¹¹ of each number, "int8" within max|x| / 254 of the vector, a quarter of
+    float32's bytes. shard_texts: texts of a shard, which is what a kill can lose; fewer where colbert would take more than
+    2 GiB. The other arguments are those of `encode`; batch_tokens may be another when it goes on.
+
+    Under jax.distributed every process passes the same texts and one directory that all see. Shards are dealt out by
+    process; parameters that span processes make all encode each shard together. The number of processes may change between
+    calls. Every process returns when all is written.
+
+    Raises ValueError where what is there was made from other texts, settings or another model (naming what differs), where
+    the disk is too small, and as `encode` does.
+
+    >>> encode_to("embeddings", m3, (line.strip() for line in open("corpus.txt")))  # doctest: +SKIP
+    Embeddings(1000000 texts: dense 1024, sparse 250002)
+    """
+    if isinstance(texts, str):
+        raise ValueError("encode_to: texts must be an iterable of str, got one str; pass [text]")
+    if paths.is_url(directory):
+        raise ValueError(f"encode_to: directory must be on a file system, got {directory}; write to a disk and copy it")
+    if colbert_dtype not in COLBERT_DTYPES:
+        raise ValueError(f"encode_to: colbert_dtype must be one of {', '.join(COLBERT_DTYPES)}, got {colbert_dtype!r}")
+    if shard_texts < 1:
+        raise ValueError(f"encode_to: shard_texts must be at least 1, got {shard_texts}")
+    # Refuses what `encode` refuses before anything is written.
+    plan = make_plan(
+        m3.config,
+        dense=dense,
+        sparse=sparse,
+        colbert=colbert,
+        max_length=max_length,
+        instruction=instruction,
+        truncate_dim=truncate_dim,
+        mcls=mcls,
+        batch_tokens=batch_tokens,
+    )
+    max_length = plan.max_length
+    asked = {"dense": dense, "sparse": sparse, "colbert": colbert, "max_length": max_length}
+    asked |= {"instruction": instruction, "truncate_dim": truncate_dim, "mcls": mcls}
+    directory = Path(directory)
+    _begin(directory, provenance.settings(m3, asked, colbert_dtype, shard_texts))
+
+    done = shards.there(directory)
+    finished = (directory / shards.FINISHED).is_file()
+    _wait_for_all("m3jax.encode_to: every process knows what is there")
+    count = len(texts) if isinstance(texts, Sized) else None
+    most = COLBERT_BYTES // (4 * (truncate_dim or m3.config.colbert_dim)) if colbert else None
+    groups = _groups(texts, shard_texts, lambda text: min(len(instruction) + len(text) + 2, max_length), most)
+    first = next(groups)
+    if not finished:
+        sample: Sequence[str] = first.texts[:: len(first.texts) // SAMPLE + 1]
+        if isinstance(texts, Sequence):
+            sample = [texts[row] for row in range(0, len(texts), len(texts) // SAMPLE + 1)]
+        sizes = room.bytes_a_text(m3, sample, asked, colbert_dtype)
+        came = sum(shards.read_record(directory, index)["texts"] for index in done)
+        room.check(directory, count, sizes, came, say=jax.process_index() == 0)
+
+    # Parameters that span processes are computed with by all at once, and each then holds all rows.
+    together = not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(m3.params))
+    if jax.process_index() > 0:
+        progress = False
+    hidden = None if progress is None else not progress  # None: but on a terminal
+    missing, group = 0, first
+    with _Writer(directory, colbert_dtype) as writer, tqdm(total=count, unit="text", disable=hidden) as bar:
+        for group in chain([first], groups):
+            if group.index in done:
+                _check_same(directory, group)
+            elif finished:
+                raise ValueError(
+                    f"{directory}: it is finished with {group.row} texts, but more came; take another directory for them"
+                )
+            else:
+                mine = missing % jax.process_count() == jax.process_index()
+                missing += 1
+                if mine or together:
+                    parts, cut = run(m3, group.texts, plan, progress=False)
+                    if mine:
+                        writer.put(group, Embeddings(*parts), cut)
+            bar.update(len(group.texts))
+    # By looking, because one process may wait for another's shard for hours, which is no time for a collective.
+    needed = set(range(group.index + 1))
+    _until(lambda: needed <= shards.there(directory))
+    _check_no_more(directory, len(needed))
+    if jax.process_index() == 0 and not finished:
+        shards.finish(directory)
+    _until((directory / shards.FINISHED).is_file)
+    total = shards.read_json(directory / shards.FINISHED)
+    if total["cut"]:
+        warnings.warn(
+            say_cut(total["cut"], total["texts"], max_length),
+            stacklevel=2,
+        )
+    return shards.open_embeddings(directory)
+
+
+def _begin(directory: Path, settings: dict[str, Any]) -> None:
+    """Make the directory, or check that what is there was begun with the same settings."""
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        if shards.read_settings(directory) is None:
+            # A kill before settings.json leaves at most its partial file.
+            if other := [path.name for path in directory.iterdir() if not path.name.startswith("partial-")]:
+                raise ValueError(
+                    f"{directory}: expected an empty directory or one that encode_to began, found {sorted(other)[0]}; give "
+                    "another directory"
+                )
+            shards.write_json(directory / shards.SETTINGS, settings)
+    _wait_for_all("m3jax.encode_to: the directory is there")
+    there = shards.read_settings(directory)
+    if there is None:
+        raise ValueError(f"{directory}: process {jax.process_index()} does not see it; give a directory that all share")
+    if differing := list(provenance.differences(there, settings)):
+        raise ValueError(
+            f"{directory}: what is there was encoded with {'; '.join(differing)}. Pass what it was begun with to go on, or "
+            "another directory to begin anew"
+        )
+
+
+class _Group(NamedTuple):
+    """The texts of one shard."""
+
+    index: int
+    row: int  # of the first text
+    texts: list[str]
+    digest: str
+
+
+def _groups(
+    texts: Iterable[str], shard_texts: int, tokens_of: Callable[[str], int], most: int | None
+) -> Iterator[_Group]:
+    """The texts of each shard, a function of the texts and settings alone; one shard of none where there are none.
+
+    most: tokens that a shard may have, but for a single text. A text counts for as many as it has characters, which are not
+    fewer than its tokens but in rare scripts, and are known without tokenising it twice.
+    """
+    group: list[str] = []
+    digest = hashlib.blake2b(digest_size=16)
+    index = start = tokens = 0
+    for row, text in enumerate(texts):
+        encoded = _encoded(text, row)
+        own = tokens_of(text)
+        if group and (len(group) == shard_texts or (most is not None and tokens + own > most)):
+            yield _Group(index, start, group, digest.hexdigest())
+            index, start, tokens, group, digest = index + 1, row, 0, [], hashlib.blake2b(digest_size=16)
+        group.append(text)
+        tokens += own
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    yield _Group(index, start, group, digest.hexdigest())
+
+
+def _encoded(text: str, row: int) -> bytes:
+    if not isinstance(text, str):
+        raise ValueError(f"encode_to: text {row} must be a str; {type(text).__name__} came: {text!r:.80}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"encode_to: text {row} is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}; "
+            "decode the source again, or use text.encode('utf-8', 'replace').decode()"
+        ) from error
+
+
+def _check_same(directory: Path, group: _Group) -> None:
+    record = shards.read_record(directory, group.index)
+    if (record["texts"], record["digest"]) != (len(group.texts), group.digest):
+        raise ValueError(
+            f"{directory}: texts {group.row} to {group.row + record['texts'] - 1} are there already, but others came in "
+            f"their place ({len(group.texts)} of them); pass the same texts in the same order to go on, or another directory"
+        )
+
+
+class _Writer:
+    """Writes a shard on a thread while the next is encoded; leaving it waits for the last one, whatever ended the block."""
+
+    def __init__(self, directory: Path, colbert_dtype: ColbertDtype):
+        self._directory = directory
+        self._dtype: ColbertDtype = colbert_dtype
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[Any] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def put(self, group: _Group, rows: Embeddings, cut: int) -> None:
+        self._wait()
+        write = partial(shards.write_shard, colbert_dtype=self._dtype, cut=cut, digest=group.digest)
+        self._writing = self._pool.submit(write, self._directory, group.index, rows)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self._wait()
+
+
+def _check_no_more(directory: Path, count: int) -> None:
+    there = len(shards.there(directory))
+    if there > count:
+        raise ValueError(
+            f"{directory}: {there} shards are there, but {count} hold all texts that came; pass the same texts in the same "
+            "order, or another directory"
+        )
+
+
+def _until(ready: Callable[[], bool]) -> None:
+    while not ready():
+        time.sleep(0.5)
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)

@@ -1,0 +1,129 @@
+"""The parts of Embeddings that stay in the files of shards: mapped when first read, rows copied when they are asked for.
+
+Not here: which files those are and how they are written (shards.py).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix, vstack
+
+from m3jax.embeddings import Stored
+
+# Shards that a part keeps mapped: three parts of at most three files each stay below Linux's 65,530 maps of a process.
+_MAPPED = 4096
+
+
+class _Shards:
+    """The mapped arrays of a part, and which of them holds a row."""
+
+    def __init__(self, folders: Sequence[Path], counts: Sequence[int], names: Sequence[str], take: Callable[..., Any]):
+        self.ends = np.cumsum(counts, dtype=np.int64)
+
+        @functools.lru_cache(_MAPPED)
+        def mapped(index: int) -> Any:
+            return take(*(_map(folders[index] / f"{name}.npy") for name in names))
+
+        self.mapped = mapped
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def at(self, row: int) -> tuple[Any, int]:
+        """The mapped shard of a row, and which of its rows that is."""
+        shard = int(np.searchsorted(self.ends, row, side="right"))
+        return self.mapped(shard), row - (int(self.ends[shard - 1]) if shard else 0)
+
+    def gather(self, index: Any, join: Callable[[list[Any]], Any]) -> Any:
+        """The rows of a slice, an array of ints or a mask, copied: those of each shard, joined, then in the order asked."""
+        rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        if rows.dtype == bool:
+            rows = np.flatnonzero(rows)
+        if len(rows) and not -len(self) <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows go from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}")
+        rows = np.where(rows < 0, rows + len(self), rows).astype(np.int64)
+        shards = np.searchsorted(self.ends, rows, side="right")
+        order = np.argsort(shards, kind="stable")
+        if not len(rows):
+            return self.mapped(0)[:0]
+        found, firsts = np.unique(shards[order], return_index=True)
+        starts = np.concatenate([[0], self.ends])
+        parts = [
+            self.mapped(int(shard))[some - starts[shard]]
+            for shard, some in zip(found, np.split(rows[order], firsts[1:]), strict=True)
+        ]
+        joined = parts[0] if len(parts) == 1 else join(parts)
+        return joined if (order[1:] > order[:-1]).all() else joined[np.argsort(order)]
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        # The array under np.memmap, whose class makes every slice dearer.
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path}: expected the array that encode_to wrote ({error}); copy the directory again, or encode again"
+        ) from error
+
+
+class Dense(Stored):
+    """[texts, D] float32."""
+
+    dtype = np.dtype(np.float32)
+    ndim = 2
+
+    def __init__(self, folders: Sequence[Path], counts: Sequence[int], width: int):
+        self._shards = _Shards(folders, counts, ["dense"], lambda dense: dense)
+        self.shape = len(self._shards), width
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if isinstance(index, int | np.integer):
+            rows, row = self._shards.at(range(len(self))[int(index)])
+            return np.array(rows[row])
+        return np.asarray(self._shards.gather(index, np.concatenate))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All rows, read into memory: np.asarray(embeddings.dense_vecs)."""
+        return self[:].astype(dtype or np.float32, copy=False)
+
+
+class Terms(Stored):
+    """[texts, vocabulary] float32 in CSR form."""
+
+    def __init__(self, folders: Sequence[Path], counts: Sequence[int], width: int):
+        def matrix(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> csr_matrix:
+            return csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, width), copy=False)
+
+        self._shards = _Shards(folders, counts, ["sparse_data", "sparse_indices", "sparse_indptr"], matrix)
+        self.shape = len(self._shards), width
+
+    def __getitem__(self, index: Any) -> csr_matrix:
+        if isinstance(index, int | np.integer):
+            index = [range(len(self))[int(index)]]
+        return csr_matrix(self._shards.gather(index, lambda parts: vstack(parts, format="csr")))
+
+
+class Colbert(Stored, Sequence):
+    """An array [tokens - 1, C] float32 a text, made of what is stored when it is asked for; a slice reads nothing."""
+
+    def __init__(self, shards: _Shards, width: int, rows: range):
+        self._shards, self._rows = shards, rows
+        self.shape = len(rows), width
+
+    @classmethod
+    def of(cls, folders: Sequence[Path], counts: Sequence[int], width: int, *, scaled: bool) -> "Colbert":
+        """All rows; scaled says that they are in int8, with a scale each."""
+        names = ["colbert", "colbert_indptr"] + ["colbert_scales"] * scaled
+        shards = _Shards(folders, counts, names, lambda *arrays: arrays)
+        return cls(shards, width, range(len(shards)))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Colbert(self._shards, self.shape[1], self._rows[index])
+        (vectors, indptr, *scales), row = self._shards.at(self._rows[int(index)])
+        some = slice(*indptr[row : row + 2])
+        found = vectors[some].astype(np.float32)
+        return found * scales[0][some, None] if scales else found

@@ -1,0 +1,527 @@
+"""encode_to: what is on disk is what encode gives, whatever stopped it on the way."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import m3jax
+from m3jax import corpus, shards
+from m3jax.config import M3Config
+from m3jax.embeddings import Embeddings
+from m3jax.model import M3, cast
+
+ROOT = Path(__file__).parents[1]
+LINE = "the quick brown fox jumps over a lazy dog and small cat sees red house near old river"
+WORDS = LINE.split()
+TEXTS = [" ".join(WORDS[start % 7 : start % 7 + start % 5]) for start in range(23)]
+ALL = {"dense": True, "sparse": True, "colbert": True}
+SMALL = {**ALL, "shard_texts": 5}  # 5 shards, the last of 3 texts
+
+
+@pytest.fixture(scope="module")
+def m3(tiny_tokenizer):
+    """A random model of 38 tokens at most, whose every token has a weight > 0."""
+    config = M3Config.tiny(
+        vocab_size=tiny_tokenizer.vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=40, colbert_dim=6,
+    )  # fmt: skip
+    params = m3jax.init(config, jax.random.key(0))
+    params["heads"]["sparse_linear"]["bias"] = jnp.full(1, 5.0)
+    return M3(config, params, tiny_tokenizer)
+
+
+def files(directory):
+    """Every file of a directory and its bytes."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(m3, tmp_path_factory):
+    """The files of `TEXTS`, never interrupted."""
+    directory = tmp_path_factory.mktemp("corpus") / "whole"
+    m3jax.encode_to(directory, m3, TEXTS, **SMALL)
+    return files(directory)
+
+
+def stopped(m3, directory, after, error=KeyboardInterrupt, **more):
+    """A directory whose run ended when the text `after` was asked for."""
+
+    def some():
+        yield from TEXTS[:after]
+        raise error("stopped")
+
+    with pytest.raises(error, match="stopped"):
+        m3jax.encode_to(directory, m3, some(), **SMALL | more)
+    return directory
+
+
+@pytest.mark.parametrize("texts", [TEXTS, tuple(TEXTS), np.array(TEXTS), iter(TEXTS)], ids=lambda x: type(x).__name__)
+def test_it_holds_what_encode_gives(m3, tmp_path, whole, texts):
+    got = m3jax.encode_to(tmp_path / "new" / "x", m3, texts, colbert_dtype="float32", **SMALL)
+    for start in range(0, 23, 5):
+        own, expected = got[start : start + 5], m3jax.encode(m3, TEXTS[start : start + 5], **ALL)
+        assert own.dense.tobytes() == expected.dense.tobytes()
+        assert own.lexical_weights == expected.lexical_weights
+        assert [x.tolist() for x in own.colbert] == [x.tolist() for x in expected.colbert]
+    np.testing.assert_allclose(got.dense_vecs[:], m3jax.encode(m3, TEXTS).dense_vecs, atol=1e-5)
+    again = m3jax.open_embeddings(tmp_path / "new" / "x")
+    assert len(again) == 23 and again.dense_vecs[:].tobytes() == got.dense_vecs[:].tobytes()
+    names = {path.name for path in (tmp_path / "new" / "x").iterdir()}
+    assert names == {*(f"shard-{index:08d}" for index in range(5)), "settings.json", "finished.json"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_colbert_is_stored_in_fewer_bits(m3, tmp_path, dtype):
+    got = m3jax.encode_to(tmp_path / "x", m3, TEXTS, colbert_dtype=dtype, **SMALL)
+    assert np.load(tmp_path / "x" / "shard-00000000" / "colbert.npy").dtype == dtype
+    expected = m3jax.encode(m3, TEXTS, **ALL)
+    for stored, vectors in zip(got.colbert_vecs, expected.colbert, strict=True):
+        np.testing.assert_allclose(stored, vectors, atol=1 / 254 if dtype == "int8" else 2**-11)
+
+
+def test_every_argument_of_encode_reaches_it(m3, tmp_path):
+    asked = {
+        "colbert": True,
+        "max_length": 30,
+        "instruction": "the dog ",
+        "truncate_dim": 4,
+        "mcls": True,
+        "batch_tokens": 64,
+    }
+    got = m3jax.encode_to(tmp_path / "x", m3, TEXTS, colbert_dtype="float32", **asked)
+    expected = m3jax.encode(m3, TEXTS, **asked)
+    np.testing.assert_array_equal(got.dense_vecs[:], expected.dense)
+    assert got.sparse[:].nnz == expected.terms.nnz and got.colbert_vecs[3].tolist() == expected.colbert[3].tolist()
+    assert not np.allclose(m3jax.encode(m3, TEXTS, truncate_dim=4).dense, expected.dense)
+
+
+def test_only_what_is_asked_for(m3, tmp_path):
+    got = m3jax.encode_to(tmp_path / "x", m3, TEXTS, sparse=False)
+    assert got.sparse is None and got.colbert_vecs is None and got.dense_vecs.shape == (23, 16)
+    assert json.loads(files(tmp_path / "x")["settings.json"])["colbert_dtype"] is None
+
+
+def test_no_texts(m3, tmp_path):
+    got = m3jax.encode_to(tmp_path / "x", m3, iter([]), **SMALL)
+    assert len(got) == 0 and got.dense_vecs.shape == (0, 16) and got.sparse.shape == (0, m3.config.vocab_size)
+    assert len(got[:]) == 0 and len(m3jax.encode_to(tmp_path / "x", m3, [], **SMALL)) == 0
+    assert m3jax.score(m3jax.encode(m3, ["a"], **ALL), got).hybrid.shape == (1, 0)
+
+
+@pytest.mark.parametrize("after", [0, 4, 5, 12, 20, 22])
+def test_it_goes_on_where_it_was_stopped(m3, tmp_path, whole, after, monkeypatch):
+    directory = stopped(m3, tmp_path / "x", after)
+    # A shard is encoded when the text after it is known.
+    assert shards.there(directory) == set(range((after - 1) // 5 if after else 0)) and not list(
+        directory.glob("partial-*")
+    )
+    if after:
+        with pytest.raises(ValueError, match="not finished"):
+            m3jax.open_embeddings(directory)
+    encoded, run = [], corpus.run
+    monkeypatch.setattr(
+        corpus, "run", lambda m3, texts, *more, **how: encoded.extend(texts) or run(m3, texts, *more, **how)
+    )
+    (directory / "partial-00000001-of-a-killed-run").mkdir(parents=True)
+    m3jax.encode_to(directory, m3, (text for text in TEXTS), **SMALL)
+    assert files(directory) == whole
+    assert encoded == TEXTS[max(0, after - 1) // 5 * 5 :]
+    m3jax.encode_to(directory, m3, TEXTS, **SMALL)  # finished: the texts are compared, nothing is encoded
+    assert files(directory) == whole and len(encoded) == 23 - max(0, after - 1) // 5 * 5
+
+
+RUN = """
+import sys, time
+import m3jax
+directory, model, texts, stop = sys.argv[1:]
+m3 = m3jax.load(model)
+texts = open(texts).read().split("\\n")
+
+def some():
+    for number, text in enumerate(texts):
+        if number == int(stop):
+            time.sleep(600)
+        yield text
+
+m3jax.encode_to(directory, m3, some(), sparse=True, colbert=True, colbert_dtype="int8", shard_texts=5)
+"""
+
+
+def test_killed_and_called_again_it_is_the_same_bit_for_bit(m3, tmp_path):
+    m3jax.save(m3, tmp_path / "model")
+    (tmp_path / "texts").write_text("\n".join(TEXTS))
+
+    def run(directory, stop):
+        command = [
+            sys.executable,
+            "-c",
+            RUN,
+            *map(str, (tmp_path / directory, tmp_path / "model", tmp_path / "texts", stop)),
+        ]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    assert run("uninterrupted", 99).wait(600) == 0
+    # In the last, while texts come; in the first, between the shards that are there and the one that is being made.
+    for stop in (13, 21):
+        killed = run("killed", stop)
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "killed" / f"shard-{(stop - 1) // 5 - 1:08d}").exists():
+            assert time.monotonic() < deadline and killed.poll() is None, killed.stderr.read()
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
+        with pytest.raises(ValueError, match="not finished"):
+            m3jax.open_embeddings(tmp_path / "killed")
+    assert run("killed", 99).wait(600) == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "uninterrupted")
+    assert len(m3jax.open_embeddings(tmp_path / "killed")) == 23
+
+
+def test_a_kill_before_the_settings_are_there(m3, tmp_path, whole):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "partial-settings.json-0").write_text("{")
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    assert files(tmp_path / "x") == whole
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (
+            [*TEXTS[:3], "other", *TEXTS[4:]],
+            r"texts 0 to 4 are there already, but others came in their place \(5 of them\)",
+        ),
+        (TEXTS[::-1], "texts 0 to 4 are there already"),
+        (TEXTS[:8], r"texts 5 to 9 are there already, but others came in their place \(3 of them\)"),
+        (["".join(TEXTS[:2]), *TEXTS[2:]], "texts 0 to 4 are there already"),
+    ],
+    ids=["another", "order", "fewer", "joined"],
+)
+def test_other_texts_are_refused(m3, tmp_path, whole, texts, message, finished):
+    directory = stopped(m3, tmp_path / "x", 12)
+    if finished:
+        m3jax.encode_to(directory, m3, TEXTS, **SMALL)
+    before = files(directory)
+    with pytest.raises(ValueError, match=message):
+        m3jax.encode_to(directory, m3, texts, **SMALL)
+    assert files(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (TEXTS[:5], "2 shards are there, but 1 hold all texts that came"),
+        (TEXTS[:12], "it is finished with 10 texts, but more came"),
+    ],
+)
+def test_more_or_fewer_texts_at_the_end_of_a_shard_are_refused(m3, tmp_path, texts, message):
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS[:10], **SMALL)
+    before = files(tmp_path / "x")
+    with pytest.raises(ValueError, match=message):
+        m3jax.encode_to(tmp_path / "x", m3, texts, **SMALL)
+    assert files(tmp_path / "x") == before
+
+
+def test_other_settings_or_another_model_are_refused(m3, tmp_path, whole, tiny_tokenizer_json):
+    directory = stopped(m3, tmp_path / "x", 12)
+    one = jax.tree.map(lambda x: x, m3.params)
+    one["encoder"]["layers"][0]["q"]["kernel"] = one["encoder"]["layers"][0]["q"]["kernel"].at[3, 2].add(1e-6)
+    other_tokenizer = m3jax.Tokenizer.from_json(tiny_tokenizer_json + " ")
+    for other, settings, named in (
+        (m3, {"max_length": 12}, ["max_length 38, not 12"]),
+        (
+            m3,
+            {"sparse": False, "colbert_dtype": "int8"},
+            ["sparse True, not False", "colbert_dtype 'float16', not 'int8'"],
+        ),
+        (m3, {"shard_texts": 6}, ["shard_texts 5, not 6"]),
+        (m3, {"instruction": "q: ", "mcls": True}, ["instruction '', not 'q: '", "mcls False, not True"]),
+        (m3, {"truncate_dim": 4}, ["truncate_dim None, not 4"]),
+        (M3(m3.config, one, m3.tokenizer), {}, ["model.weights "]),
+        (M3(m3.config, cast(m3.params, jnp.bfloat16), m3.tokenizer), {}, ["model.dtype 'float32', not 'bfloat16'"]),
+        (M3(m3.config, m3.params, other_tokenizer), {}, ["model.tokenizer "]),
+    ):
+        with pytest.raises(ValueError, match="what is there was encoded with") as caught:
+            m3jax.encode_to(directory, other, TEXTS, **SMALL | settings)
+        assert all(name in str(caught.value) for name in named), caught.value
+        assert str(caught.value).count(", not ") == len(named) + (", not 'bfloat16'" in str(caught.value))
+    # What changes nothing that comes out may be another.
+    m3jax.encode_to(directory, m3, TEXTS, max_length=38, batch_tokens=9999, **SMALL)
+    assert files(directory) == whole
+
+
+def test_the_weights_digest_sees_each_number_and_its_place(m3):
+    def digest(params):
+        return corpus.provenance.fingerprint(M3(m3.config, params, m3.tokenizer))
+
+    leaves, tree = jax.tree.flatten(m3.params)
+    seen = {digest(m3.params)}
+    assert digest(jax.tree.map(np.asarray, m3.params)) in seen  # wherever they are
+    variants = 0
+    for number, leaf in enumerate(leaves):
+        for other in (leaf.at[-1].add(2.0**-10), jnp.flip(leaf), leaf.T):
+            if not (other.ravel() == leaf.ravel()).all():  # shapes are the config's
+                variants += 1
+                seen.add(digest(jax.tree.unflatten(tree, [other if i == number else x for i, x in enumerate(leaves)])))
+    assert len(seen) == variants + 1 > len(leaves) + 1
+
+
+def test_what_else_is_there_is_left(m3, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="expected an empty directory or one that encode_to began, found notes"):
+        m3jax.encode_to(tmp_path, m3, TEXTS)
+    assert files(tmp_path) == {"notes": b"mine"}
+
+
+def test_bad_arguments(m3, tmp_path):
+    for arguments, error, message in (
+        ({"max_lenght": 3}, TypeError, "max_lenght"),
+        ({"truncate_dim": 17}, ValueError, "between 1 and the width of the vectors that are asked for, 16, got 17"),
+        ({"shard_texts": 0}, ValueError, "shard_texts must be at least 1, got 0"),
+        ({"colbert_dtype": "int4"}, ValueError, "colbert_dtype must be one of float16, int8, float32, got 'int4'"),
+        ({"max_length": 99}, ValueError, "2 to 38, got 99"),
+        ({"dense": False, "sparse": False}, ValueError, "must give something"),
+    ):
+        with pytest.raises(error, match=message):
+            m3jax.encode_to(tmp_path / "x", m3, TEXTS, **arguments)
+    with pytest.raises(ValueError, match="got one str; pass"):
+        m3jax.encode_to(tmp_path / "x", m3, "one text")
+    with pytest.raises(ValueError, match="must be on a file system, got gs://bucket/x"):
+        m3jax.encode_to("gs://bucket/x", m3, TEXTS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_text_is_named_by_its_place_in_the_corpus(m3, tmp_path, whole):
+    for bad, message in ((None, "text 13 must be a str; NoneType came"), ("a\ud800", "text 13 is not valid Unicode")):
+        with pytest.raises(ValueError, match=message):
+            m3jax.encode_to(tmp_path / "x", m3, [*TEXTS[:13], bad, *TEXTS[14:]], **SMALL)
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    assert files(tmp_path / "x") == whole
+
+
+def test_cut_texts_are_counted_once_for_all(m3, tmp_path):
+    texts = [text * 20 if number % 4 == 1 else text for number, text in enumerate(TEXTS)]
+    with pytest.warns(UserWarning) as expected:
+        m3jax.encode(m3, texts, max_length=9)
+    more = {"shard_texts": 5, "max_length": 9}
+    with pytest.raises(KeyboardInterrupt):
+        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 13, KeyboardInterrupt), **more)
+    for _ in range(2):  # resumed, then finished
+        with pytest.warns(UserWarning) as caught:
+            m3jax.encode_to(tmp_path / "x", m3, texts, **more)
+        assert [str(w.message) for w in caught] == [str(expected[0].message)] and caught[0].filename == __file__
+
+
+def raising(texts, after, error):
+    yield from texts[:after]
+    raise error
+
+
+def said(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+def test_the_size_is_said_first(m3, tmp_path, capsys):
+    for dtype in ("float16", "int8", "float32"):
+        m3jax.encode_to(tmp_path / dtype, m3, TEXTS, colbert_dtype=dtype, **SMALL)
+        (line,) = said(capsys)
+        numbers = [int(n.replace(",", "")) for n in re.findall(r"(?:dense|sparse about|colbert about) ([\d,]+)", line)]
+        parts = json.loads(files(tmp_path / dtype)["finished.json"])["parts"]
+        assert (
+            line.startswith(f"{tmp_path / dtype}: 23 texts take dense {23 * 64:,}, sparse about ")
+            and " are free" in line
+        )
+        assert numbers[0] + 5 * 128 >= parts["dense"]["bytes"] >= numbers[0]
+        for number, part in zip(numbers[1:], ("sparse", "colbert"), strict=True):  # here the sample is all
+            assert parts[part]["bytes"] == pytest.approx(number, abs=5 * 8)
+    m3jax.encode_to(tmp_path / "y", m3, iter(TEXTS), **SMALL)
+    assert "each 1,000,000 texts take dense 64,000,000, sparse about" in said(capsys)[0]
+    stopped(m3, tmp_path / "z", 12)
+    said(capsys)
+    m3jax.encode_to(tmp_path / "z", m3, TEXTS, **SMALL)
+    assert said(capsys)[0].endswith("; 10 texts are there")
+    m3jax.encode_to(tmp_path / "z", m3, TEXTS, **SMALL)
+    assert said(capsys) == []
+
+
+def test_what_does_not_fit_is_refused_before_it_begins(m3, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "free", lambda directory: 23 * 64 + 100)
+    monkeypatch.setattr(corpus, "run", lambda *arguments, **how: pytest.fail("it encoded"))
+    with pytest.raises(ValueError, match=r"about [\d,]+ bytes are to be written, but 1,572 are free; make room"):
+        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+
+
+def test_what_is_left_must_fit_and_not_what_is_there(m3, tmp_path, monkeypatch):
+    stopped(m3, tmp_path / "x", 22, colbert=False)
+    monkeypatch.setattr(shards, "free", lambda directory: 3 * 64 + 1000)
+    assert len(m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL | {"colbert": False})) == 23
+
+
+def test_an_iterator_is_checked_shard_by_shard(m3, tmp_path, whole, monkeypatch):
+    room = [10**9, 10**9, 10**9, 100]
+    monkeypatch.setattr(shards, "free", lambda directory: room.pop(0))
+    with pytest.raises(
+        ValueError, match=r"shard-00000002 takes [\d,]+ bytes, but 100 are free; make room and call encode"
+    ):
+        m3jax.encode_to(tmp_path / "x", m3, iter(TEXTS), **SMALL)
+    assert shards.there(tmp_path / "x") == {0, 1}
+    monkeypatch.undo()
+    m3jax.encode_to(tmp_path / "x", m3, iter(TEXTS), **SMALL)
+    assert files(tmp_path / "x") == whole
+
+
+def test_a_shard_with_colbert_is_closed_by_its_size(m3, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "COLBERT_BYTES", 6 * 4 * 60)  # of 60 tokens
+    texts = ["a" * length for length in (1000, 18, 18, 18, 3, 1, 50, 1)]  # which count for 38, 20, 20, 20, 5, 3, 38, 3
+    for colbert, counts in ((True, [2, 4, 2]), (False, [8])):
+        with pytest.warns(UserWarning, match="longer than max_length"):
+            m3jax.encode_to(tmp_path / str(colbert), m3, texts, colbert=colbert)
+        assert json.loads(files(tmp_path / str(colbert))["finished.json"])["shards"] == counts
+
+
+def fake(m3, monkeypatch, megabytes=1, then=lambda texts: None):
+    """encode in place of which arrays of one size come."""
+
+    def encode(m3, texts, **more):
+        then(texts)
+        return Embeddings(dense=np.ones((len(texts), megabytes * 2**18 // max(1, len(texts))), np.float32))
+
+    monkeypatch.setattr(corpus, "encode", encode)
+
+
+def test_memory_is_that_of_two_shards(m3, tmp_path, monkeypatch):
+    fake(m3, monkeypatch, 4)
+    m3jax.encode_to(tmp_path / "first", m3, ["a"] * 8, sparse=False, shard_texts=4)
+    tracemalloc.start()
+    try:
+        m3jax.encode_to(tmp_path / "x", m3, ("a" for _ in range(4 * 20)), sparse=False, shard_texts=4)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(map(len, files(tmp_path / "x").values())) > 80 * 2**20
+    assert 8 * 2**20 <= peak < 14 * 2**20
+
+
+def test_a_shard_is_written_while_the_next_is_encoded(m3, tmp_path, monkeypatch):
+    write, encoding = shards.write_shard, threading.Event()
+
+    def waits(directory, index, rows, **more):
+        assert threading.current_thread() is not threading.main_thread()
+        if index == 0:
+            assert encoding.wait(60)
+        return write(directory, index, rows, **more)
+
+    monkeypatch.setattr(shards, "write_shard", waits)
+    fake(m3, monkeypatch, then=lambda texts: encoding.set() if texts == TEXTS[5:10] else None)
+    assert len(m3jax.encode_to(tmp_path / "x", m3, TEXTS, sparse=False, shard_texts=5)) == 23
+
+
+def test_a_full_disk_leaves_what_can_go_on(m3, tmp_path, whole, monkeypatch):
+    save, saved = np.save, []
+
+    def full(file, array):
+        saved.append(file)
+        if len(saved) > 14:
+            raise OSError(28, "No space left on device")
+        save(file, array)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    assert shards.there(tmp_path / "x") == {0, 1} and not list((tmp_path / "x").glob("partial-*"))
+    monkeypatch.undo()
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    assert files(tmp_path / "x") == whole
+
+
+def test_progress_only_when_asked(m3, tmp_path, capsys):
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    assert "/23" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "x")
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS, progress=True, **SMALL)
+    assert "23/23" in capsys.readouterr().err
+
+
+PROCESSES = """
+import sys
+from pathlib import Path
+import jax
+directory, model, texts, mode, number, address = sys.argv[1:]
+jax.distributed.initialize(address, num_processes=2, process_id=int(number))
+import numpy as np
+import m3jax
+from m3jax import corpus, shards
+from m3jax.sharding import make_mesh
+m3 = m3jax.load(model)
+texts = Path(texts).read_text().split("\\n")
+if mode == "together":
+    everywhere = jax.NamedSharding(make_mesh(), jax.P())
+    params = jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)), m3.params)
+    m3 = m3jax.M3(m3.config, params, m3.tokenizer)
+encoded, encode, written, write = [], corpus.encode, [], shards.write_shard
+corpus.encode = lambda m3, some, **more: (some and encoded.append(texts.index(some[0]) // 5), encode(m3, some, **more))[1]
+shards.write_shard = lambda directory, index, *rest, **more: (written.append(index), write(directory, index, *rest, **more))
+got = m3jax.encode_to(directory, m3, texts, shard_texts=5, colbert=True)
+print(len(got), encoded, written)
+"""
+
+
+@pytest.mark.parametrize("mode", ["apart", "together"])
+def test_two_processes(m3, tmp_path, mode):
+    """Each writes its shards into one directory, which is that of one process; parameters that span both make both encode
+    all. Begun by one process and gone on with by two."""
+    texts = [f"{text} {number}" for number, text in enumerate(TEXTS)]
+    m3jax.save(m3, tmp_path / "model")
+    (tmp_path / "texts").write_text("\n".join(texts))
+    expected = files(Path(encode_whole(m3, tmp_path / "whole", texts)))
+    with pytest.raises(KeyboardInterrupt):
+        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 8, KeyboardInterrupt), shard_texts=5, colbert=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    paths = map(str, (tmp_path / "x", tmp_path / "model", tmp_path / "texts", mode))
+    command = [sys.executable, "-c", PROCESSES, *paths]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    processes = [
+        subprocess.Popen(
+            [*command, str(number), address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=environment,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        done = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], done
+    written = [[1, 3], [2, 4]]
+    encoded = written if mode == "apart" else [[1, 2, 3, 4]] * 2
+    assert [out.splitlines()[-1] for out, _ in done] == [f"23 {encoded[i]} {written[i]}" for i in range(2)]
+    assert ["texts take" in err for _, err in done] == [True, False]
+    if mode == "apart":
+        assert files(tmp_path / "x") == expected
+    got, alone = m3jax.open_embeddings(tmp_path / "x"), m3jax.open_embeddings(tmp_path / "whole")
+    np.testing.assert_allclose(got.dense_vecs[:], alone.dense_vecs[:], atol=1e-5)
+
+
+def encode_whole(m3, directory, texts):
+    m3jax.encode_to(directory, m3, texts, shard_texts=5, colbert=True)
+    return directory
