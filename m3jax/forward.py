@@ -5,6 +5,7 @@ Not here: texts and results (embedder.py), the model as one pure function (model
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ def forward(config: M3Config, params: Params, batch: PackedIds, asked: Asked) ->
     mesh = mesh_of(params)
     ids, positions, segments, slots = (_place(x, mesh) for x in batch[:4])
     # Products of float32 parameters are float32 on every backend; GPUs and TPUs would round them first.
-    with jax.default_matmul_precision("highest"), jax.set_mesh(mesh or _one_device(params)):
+    with jax.default_matmul_precision("highest"), _mesh_in_context(params):
         hidden = _embed(config, params["encoder"]["embeddings"], ids, positions)
         # Only on GPU does it matter, and a shape would be compiled twice.
         packed = backend(params) != "gpu" or slots.shape[1] > 1
@@ -62,21 +63,20 @@ def mesh_of(params: Params) -> Mesh | None:
     return mesh if mesh is not None and mesh.size > 1 else None
 
 
-def _one_device(params: Params) -> Mesh:
-    # A mesh tells `attention` which backend computes, which need not be the default one.
-    return make_mesh(devices=[_device(params)])
+def _mesh_in_context(params: Params) -> AbstractContextManager[Any]:
+    """The mesh of the parameters, of one device too: it tells `attention` which backend computes, which need not be the
+    default one."""
+    mesh, one = mesh_of(params), jax.tree.leaves(params)[0]
+    if mesh is None and isinstance(one, jax.Array):
+        mesh = make_mesh(devices=list(one.devices()))
+    return jax.set_mesh(mesh) if mesh else nullcontext()
 
 
 def backend(params: Params) -> Literal["cpu", "gpu", "tpu"]:
     """Where parameters lie."""
-    platform = _device(params).platform
-    return platform if platform in ("cpu", "tpu") else "gpu"
-
-
-def _device(params: Params) -> jax.Device:
-    """A device of the parameters; NumPy's arrays go to the default one."""
     one = jax.tree.leaves(params)[0]
-    return next(iter(one.devices())) if isinstance(one, jax.Array) else jax.devices()[0]
+    platform = next(iter(one.devices())).platform if isinstance(one, jax.Array) else jax.default_backend()
+    return platform if platform in ("cpu", "tpu") else "gpu"
 
 
 def row_groups(params: Params) -> int:

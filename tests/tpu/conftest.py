@@ -1,5 +1,6 @@
 """libtpu's compiler on a host without a TPU, and the table of what it compiled, printed at the end (RESULTS.md has it)."""
 
+import functools
 import importlib.util
 import os
 
@@ -21,7 +22,12 @@ _HEAD = ("program", "chip", "devices", "rows × length", "compile, s", "memory a
 @pytest.fixture
 def record():
     """Adds a line to the table: program, chip, devices, shape, seconds, gigabytes."""
-    return lambda *cells: _TABLE.append(cells)
+
+    def add(*cells):
+        _TABLE.append(cells)
+        print(*cells)  # a run takes long: `-s` shows what there is
+
+    return add
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +37,12 @@ def tpu_mesh():
         pytest.skip("libtpu, TPU's compiler, is not installed: pip install -e '.[test,tpu]'")
     from jax.experimental import topologies
 
+    @functools.cache  # described twice, devices are not the same
+    def eight(chip: str):
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x4").devices
+
     def mesh(chip: str, devices: int, **sizes: int) -> Mesh:
-        slice_of_8 = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x4").devices
-        return make_mesh(**sizes, devices=slice_of_8[:devices])
+        return make_mesh(**sizes, devices=eight(chip)[:devices])
 
     return mesh
 
