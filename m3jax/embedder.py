@@ -123,8 +123,8 @@ def encode(
     all processes pass the same texts and get all rows; otherwise each encodes what it is given.
 
     A text has the same numbers alone, in any batch and at any place: within 1e-5 in float32; in bfloat16 dense and colbert
-    vectors with a cosine above 1 − 1e-4 and lexical weights within 2% of the largest, which also bounds how far bfloat16 is from
-    float32 (measured: 2.4e-5 and 0.7%, RESULTS.md).
+    vectors with a cosine above 1 − 1e-4 and lexical weights within 2% of the largest, which also bounds how far bfloat16 is
+    from float32 (measured: 2.4e-5 and 0.7%, RESULTS.md).
 
     Raises ValueError where max_length exceeds the position table, nothing is asked for, or an item is not a str.
     """
