@@ -10,8 +10,13 @@ from jax.sharding import Mesh
 
 from m3jax.sharding import make_mesh
 
-# What libtpu would ask the machine's surroundings for when it is loaded.
-os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5e-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+# What libtpu would ask the machine's surroundings for when it is loaded; and two may compile beside each other.
+os.environ |= {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 # Nothing runs on a TPU here, nor on another accelerator that the host may have.
 jax.config.update("jax_platforms", "cpu")
 
