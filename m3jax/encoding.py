@@ -99,7 +99,7 @@ def run(
 ) -> tuple[tuple[np.ndarray | None, csr_matrix | None, list[np.ndarray] | None], int]:
     """Dense [n, width], terms (CSR [n, vocabulary]) and colbert (n arrays) of n texts, and how many were cut.
 
-    Ctrl-C returns at once: what runs on the threads is given up.
+    Ctrl-C returns at once: what runs on the threads is given up (a process that ends waits for the batch at work).
     """
     for index, text in enumerate(texts):
         if not isinstance(text, str):

@@ -1,16 +1,22 @@
 """Fixtures that more than one test file needs; what only one needs stands in that file."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 
-# Before anything imports JAX: no test writes into the user's folders, and each compiles for itself; e2e/test_encode.py turns it
-# on again.
+# Before anything imports JAX: no test writes into the user's cache folder (nor matplotlib its fonts), and each compiles for
+# itself; e2e/test_encode.py turns that on again.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="m3jax-tests-")
 
 import pytest
 import tokenizers
 from jaxtyping import install_import_hook
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Every call of the mathematics is checked against the shapes in its signature; before anything imports it.
 _MATHEMATICS = ("attention", "heads", "kernels", "losses", "model", "scores", "xlm_roberta")

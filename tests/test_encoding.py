@@ -150,7 +150,7 @@ def test_every_text_as_alone_in_any_batch(m3, expected, order, batch_tokens, win
 
 
 def test_bfloat16(tiny_tokenizer):
-    """What encode's docstring says of bfloat16, beside float32 and in another batch; RESULTS.md has the measurement."""
+    """Within what encode's docstring says, beside float32 and in another batch; RESULTS.md has the measurement."""
     sizes = {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 512}
     one = random_model(tiny_tokenizer, **sizes, colbert_dim=64, max_position_embeddings=1026)
     half = M3(one.config, cast(jax.device_put(one.params), jnp.bfloat16), tiny_tokenizer)
@@ -182,28 +182,33 @@ def test_windows():
 
 
 def test_devices_never_wait_for_the_host(m3, monkeypatch):
-    """The next window is tokenised and the next batch started before results of the one before are asked for."""
-    events = []
-    log = threading.Lock()
+    """The next batch is started before results of the one before are taken in, and the next window tokenised meanwhile."""
+    forward, add, encode = m3jax.encoding.forward, m3jax.encoding._Collected.add, m3.tokenizer.encode
+    events, tokenised, in_time = [], threading.Semaphore(0), []
 
-    def logged(name, function):
-        def call(*args, **kwargs):
-            with log:
-                events.append(name)
-            return function(*args, **kwargs)
+    def tokenise(*args, **kwargs):
+        result = encode(*args, **kwargs)
+        tokenised.release()
+        return result
 
-        return call
+    def start(*args):
+        if not events:  # the first batch: both windows are tokenised while it runs
+            in_time.extend(tokenised.acquire(timeout=20) for _ in range(2))
+        events.append("start")
+        return forward(*args)
 
-    monkeypatch.setattr(m3jax.encoding, "_WINDOW_TEXTS", 10)
-    monkeypatch.setattr(m3jax.encoding, "forward", logged("start", m3jax.encoding.forward))
-    monkeypatch.setattr(m3jax.encoding._Collected, "add", logged("take in", m3jax.encoding._Collected.add))
-    monkeypatch.setattr(m3.tokenizer, "encode", logged("tokenise", m3.tokenizer.encode))
-    m3jax.encode(m3, ["the fox"] * 30, batch_tokens=64)
-    device = [event for event in events if event != "tokenise"]
-    assert device == ["start", *["start", "take in"] * (device.count("start") - 1), "take in"]
-    assert events.count("tokenise") == 3 and device.count("start") >= 3
-    # What the device does with a window begins when the next is being tokenised.
-    assert events.index("tokenise") == 0 and events[: events.index("take in")].count("tokenise") >= 2
+    def take_in(*args):
+        events.append("take in")
+        add(*args)
+
+    monkeypatch.setattr(m3jax.encoding, "_WINDOW_TEXTS", 100)
+    monkeypatch.setattr(m3jax.encoding, "forward", start)
+    monkeypatch.setattr(m3jax.encoding._Collected, "add", take_in)
+    monkeypatch.setattr(m3.tokenizer, "encode", tokenise)
+    m3jax.encode(m3, ["the fox"] * 200, batch_tokens=64)
+    count = events.count("start")
+    assert count > 10 and in_time == [True, True]
+    assert events == ["start", *["start", "take in"] * (count - 1), "take in"]
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +423,8 @@ def test_ctrl_c_returns_at_once(m3, monkeypatch):
     forward, release, done = m3jax.encoding.forward, threading.Event(), threading.Event()
 
     def slow(*args):
-        pressed.append(time.perf_counter())
+        time.sleep(0.2)  # until encode waits for the device
+        pressed.append(True)
         os.kill(os.getpid(), signal.SIGINT)
         release.wait(60)
         done.set()
