@@ -99,7 +99,8 @@ def merge(models: Sequence[M3], shares: Sequence[float]) -> M3:
                 target[start : start + rows] = blocks[0][1]
                 continue
             with np.errstate(over="ignore"):  # an error of its own below
-                mixed = sum(share * np.asarray(block, np.float64) for share, block in blocks).astype(out.dtype)  # type: ignore[union-attr]
+                parts = [share * np.asarray(block, np.float64) for share, block in blocks]
+                mixed = np.sum(parts, axis=0).astype(out.dtype)
             if not np.isfinite(mixed).all():
                 raise ValueError(
                     f"{torch_name(path)}: the mixture must be finite in {out.dtype}, the first model's dtype, but is not; look "

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -89,9 +89,10 @@ def compare_models(given: argparse.Namespace, paths: Sequence[Path]) -> None:
 
 def read_texts(path: str) -> list[str]:
     """The lines of a file or URL, each a text (an empty line is the empty text); ValueError where there are none."""
+    opened: Any = fsspec.open(path, "rt", encoding="utf-8")  # fsspec names no type for what it opens
     try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            texts = file.read().removesuffix("\n").split("\n")  # type: ignore[union-attr]
+        with opened as file:
+            texts = file.read().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: texts are UTF-8, one a line; {error}") from error
     if texts == [""]:

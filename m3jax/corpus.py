@@ -79,20 +79,10 @@ def encode_to(
     if shard_texts < 1:
         raise ValueError(f"encode_to: shard_texts must be at least 1, got {shard_texts}")
     # Refuses what `encode` refuses before anything is written.
-    plan = make_plan(
-        m3.config,
-        dense=dense,
-        sparse=sparse,
-        colbert=colbert,
-        max_length=max_length,
-        instruction=instruction,
-        truncate_dim=truncate_dim,
-        mcls=mcls,
-        batch_tokens=batch_tokens,
-    )
-    max_length = plan.max_length
-    asked = {"dense": dense, "sparse": sparse, "colbert": colbert, "max_length": max_length}
+    asked: dict[str, Any] = {"dense": dense, "sparse": sparse, "colbert": colbert, "max_length": max_length}
     asked |= {"instruction": instruction, "truncate_dim": truncate_dim, "mcls": mcls}
+    plan = make_plan(m3.config, **asked, batch_tokens=batch_tokens)
+    asked["max_length"] = max_length = plan.max_length
     directory = Path(directory)
     _begin(directory, provenance.settings(m3, asked, colbert_dtype, shard_texts))
 
@@ -142,10 +132,7 @@ def encode_to(
     _until((directory / shards.FINISHED).is_file)
     total = shards.read_json(directory / shards.FINISHED)
     if total["cut"]:
-        warnings.warn(
-            say_cut(total["cut"], total["texts"], max_length),
-            stacklevel=2,
-        )
+        warnings.warn(say_cut(total["cut"], total["texts"], max_length), stacklevel=2)
     return shards.open_embeddings(directory)
 
 

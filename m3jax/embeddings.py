@@ -3,6 +3,7 @@
 Scoring and searching them is m3jax.retrieval's, making them m3jax.embedder's, files m3jax.shards'; no JAX here.
 """
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from jaxtyping import Float32
 from scipy.sparse import csr_matrix
 
 
-class Stored:
+class Stored(abc.ABC):
     """A part that stays in files and is read by rows (shards.py): an int gives the part's row of one text, a slice or an
     array of ints those of several. Embeddings does not read it to check it: it was checked when it was written."""
 
@@ -23,8 +24,9 @@ class Stored:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @abc.abstractmethod
     def __getitem__(self, index: Any) -> Any:
-        raise NotImplementedError
+        """The rows of an index, in memory."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

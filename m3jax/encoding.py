@@ -101,7 +101,7 @@ def run(
 
     Ctrl-C returns at once: what runs on the threads is given up (a process that ends waits for the batch at work).
     """
-    for index, text in enumerate(texts):
+    for index, text in enumerate(texts):  # here too: a corpus is not to fail halfway
         if not isinstance(text, str):
             raise ValueError(f"texts[{index}] must be a str; {type(text).__name__} came: {text!r:.80}")
     device = _Device(m3, len(texts), plan)

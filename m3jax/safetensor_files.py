@@ -42,7 +42,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     that weights do not have.
     """
     try:
-        with safetensors.safe_open(path, "numpy"):  # type: ignore[no-untyped-call]  # checks header, offsets and file size
+        with safetensors.safe_open(path, "numpy"):  # checks header, offsets and file size
             pass
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); download or write it again") from error
@@ -91,25 +91,25 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> No
         starts = accumulate((x.nbytes for _, x in ordered), initial=8 + len(described))
         with ThreadPoolExecutor(_THREADS) as threads:
             for written in [
-                threads.submit(_write_at, file.fileno(), start, x)
-                for start, (_, x) in zip(starts, ordered, strict=False)
+                threads.submit(_write_at, path, start, x) for start, (_, x) in zip(starts, ordered, strict=False)
             ]:
                 written.result()
         os.fsync(file.fileno())
 
 
-def _write_at(file: int, start: int, x: np.ndarray) -> None:
+def _write_at(path: str | os.PathLike[str], start: int, x: np.ndarray) -> None:
     """Write an array in row-major order from a position of a file on, in pieces that stay in the processor's cache."""
     if x.ndim < 2:
         x = x.reshape(1, -1)
     rows = max(1, _PIECE_BYTES * len(x) // max(x.nbytes, 1))
     copy = np.empty((rows, *x.shape[1:]), x.dtype)
-    for first in range(0, len(x), rows):
-        piece = x[first : first + rows]
-        if not piece.flags.c_contiguous:
-            layout.copy(copy[: len(piece)], piece)
-            piece = copy[: len(piece)]
-        content = piece.reshape(-1).view(np.uint8).data
-        while content:  # a write may be cut short
-            done = os.pwrite(file, content[:_PIECE_BYTES], start)
-            start, content = start + done, content[done:]
+    with open(path, "r+b", buffering=0) as file:
+        file.seek(start)
+        for first in range(0, len(x), rows):
+            piece = x[first : first + rows]
+            if not piece.flags.c_contiguous:
+                layout.copy(copy[: len(piece)], piece)
+                piece = copy[: len(piece)]
+            content = piece.reshape(-1).view(np.uint8).data
+            while content:  # a write may be cut short
+                content = content[file.write(content[:_PIECE_BYTES]) :]

@@ -200,8 +200,11 @@ def test_differences_by_a_loop():
     rng = np.random.default_rng(0)
 
     def answers(noise):
-        draw = lambda *shape: base.normal(size=shape) + noise * rng.normal(size=shape)  # noqa: E731
         base = np.random.default_rng(1)
+
+        def draw(*shape):
+            return base.normal(size=shape) + noise * rng.normal(size=shape)
+
         terms = np.maximum(draw(5, 30), 0) * (base.random((5, 30)) < 0.3)
         colbert = [np.float32(draw(n, 6)) for n in (3, 1, 4, 2, 5)]
         return Embeddings(dense=np.float32(draw(5, 8)), terms=csr_matrix(np.float32(terms)), colbert=colbert)
@@ -245,7 +248,10 @@ def as_published(monkeypatch):
 
     def use(**changes):
         s = {"dense": 0.6265, "sparse": 0.19554901, "colbert": 0.4620, "shared": 0.0} | changes
-        unit = lambda *x: np.float32([*x, (1 - sum(y * y for y in x)) ** 0.5])  # noqa: E731
+
+        def unit(*x):
+            return np.float32([*x, (1 - sum(y * y for y in x)) ** 0.5])
+
         dense = [unit(1, 0, 0), unit(0, 1, 0), unit(s["dense"], 0.3499, 0), unit(0.3477, 0.678, 0)]
         terms = np.float32([[1, s["shared"]], [0, 1], [s["sparse"], 0], [0, 0]])
         colbert = [[unit(1, 0)], [unit(0, 1)], [unit(0, 1), unit(0.7797, 0)], [unit(s["colbert"], 0)]]

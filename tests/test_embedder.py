@@ -170,11 +170,11 @@ def test_max_length_must_fit(m3, max_length):
 
 def test_bad_arguments(m3):
     with pytest.raises(TypeError, match="batch_size"):
-        m3jax.encode(m3, TEXTS, batch_size=4)  # type: ignore[call-arg]
+        m3jax.encode(m3, TEXTS, batch_size=4)
     with pytest.raises(TypeError, match="positional"):
-        m3jax.encode(m3, TEXTS, True)  # type: ignore[misc]
+        m3jax.encode(m3, TEXTS, True)
     with pytest.raises(ValueError, match=r"texts\[1\] must be a str; NoneType came"):
-        m3jax.encode(m3, ["a", None])  # type: ignore[list-item]
+        m3jax.encode(m3, ["a", None])
     with pytest.raises(ValueError, match="batch_tokens"):
         m3jax.encode(m3, TEXTS, batch_tokens=0)
 

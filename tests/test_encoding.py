@@ -306,7 +306,7 @@ def test_instruction(m3):
     with pytest.warns(UserWarning, match="1 of 1 texts"):  # it counts
         m3jax.encode(m3, "fox", instruction="what is the ", max_length=5)
     with pytest.raises(ValueError, match="instruction must be a str, got int: 3"):
-        m3jax.encode(m3, "fox", instruction=3)  # type: ignore[arg-type]
+        m3jax.encode(m3, "fox", instruction=3)
 
 
 def test_errors_name_the_text_in_any_window(m3, monkeypatch):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import bm25s
 import numpy as np
@@ -339,8 +340,9 @@ def _encode(
         terms.append(of_kind)
         if cut:
             warnings.append(f"{cut} of {len(texts)} {kind} were cut to {length} tokens")
-        embeddings.append(
-            m3jax.encode(
+        with catch_warnings():
+            filterwarnings("ignore", message=".* were cut to it")  # counted above, beside what the texts are
+            encoded = m3jax.encode(
                 m3,
                 texts,
                 dense=set(functions) != {"sparse"},
@@ -349,7 +351,7 @@ def _encode(
                 max_length=length,
                 progress=progress,
             )
-        )
+        embeddings.append(encoded)
     queries, passages = embeddings
     query_terms, passage_terms = terms
     return _Encoded(queries, passages, query_terms, passage_terms, warnings)

@@ -4,6 +4,7 @@ Not here: texts, rounds and tables (encode.py). Each contestant lives in a proce
 its memory and its compiled programs are its own. Imports of libraries stand inside: those not installed are left out.
 """
 
+import abc
 import os
 import time
 import warnings
@@ -17,7 +18,7 @@ LONGEST = 8192
 BATCH_SIZES = (1, 8, 32, 256)
 
 
-class Contestant:
+class Contestant(abc.ABC):
     """Dense vectors and sparse weights of texts in host memory; with colbert, the token vectors too.
 
     batch_sizes: those to choose from; (0,) where the library chooses by itself. again: how many batches it computes twice.
@@ -29,9 +30,9 @@ class Contestant:
     batch_sizes = BATCH_SIZES
     again = 0
 
+    @abc.abstractmethod
     def encode(self, texts: list[str], batch_size: int) -> np.ndarray:
         """The dense vectors, [texts, width]; the rest is made and dropped."""
-        raise NotImplementedError
 
     def run(self, texts: list[str], batch_size: int) -> tuple[float, np.ndarray]:
         """Seconds of one call, and its dense vectors."""

@@ -1,6 +1,6 @@
 """The unified training step of two layers of 1024 in bfloat16, compiled for eight TPUs; nothing runs on a TPU here.
 
-Not here yet: all 24 layers (the step unrolls them, which takes libtpu more than five minutes), other length groups and meshes,
+Not here: all 24 layers (the step unrolls them, which takes libtpu more than five minutes), other length groups and meshes,
 sub-batches, and a check of the collectives.
 """
 
