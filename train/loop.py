@@ -1,6 +1,7 @@
 """The story of a run: prepare → build → restore → (step, log, evaluate, save)* → release → report.
 
-Not here: what a step computes (step.py), what a measure means (evaluate.py), how results look (report.py).
+Not here: what it starts from (start.py), what a step computes (step.py), what a measure means (evaluate.py), how results look
+(report.py).
 """
 
 import dataclasses
@@ -24,27 +25,23 @@ from tqdm import tqdm
 
 import m3jax
 from m3jax.card import CARD
-from m3jax.config import M3Config
-from m3jax.model import M3, cast, init
+from m3jax.model import M3, cast
 from m3jax.sharding import make_mesh
-from m3jax.tokenization import Tokenizer
 from train import Config
 from train.checkpoints import Checkpoints
 from train.console import describe, say
-from train.data import cldr
 from train.data.builders import prepare
-from train.data.pipeline import Batch, LengthGroup, make_batches
+from train.data.pipeline import Batch, make_batches
 from train.evaluate import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
 from train.optimizer import learning_rate, make_optimizer
 from train.release import card_of_run
 from train.report import write_report
+from train.start import check, length_groups, listed, path_of, read_sets, start_model
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
-from train.tasks import Task, read_task, read_tasks
-
-_DEMO = "cldr"
+from train.tasks import Task
 
 # A run goes on only with these as it began, and with the same data: all but how often it is looked at and where.
 _KEPT = (
@@ -69,21 +66,21 @@ def train(config: Config) -> dict[str, Any]:
     Returns the content of results.json. Raises ValueError, before training starts, on data, sizes or settings that cannot
     be trained, and during it on a loss that is not finite.
     """
-    _check(config)
+    check(config)
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
-    dev, tests = _tasks(config)
-    m3 = _start(config)
+    dev, tests = read_sets(config)
+    m3 = start_model(config)
     source = prepare(
-        [_path(config, path) for path in _listed(config.data.train)],
+        [path_of(config, path) for path in listed(config.data.train)],
         m3.tokenizer,
         data_dir=config.data.folder,
         query_max_length=config.query_max_length,
         passage_max_length=config.passage_max_length,
     )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    groups = _length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    groups = length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"])
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
     settings = {key: config[key] for key in _KEPT} | {"data": source.name}
@@ -91,6 +88,8 @@ def train(config: Config) -> dict[str, Any]:
     with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
         state = make_state(m3.params, optimizer, mesh)
         first = saved.last or 0
+        untrained = _untrained(config, run, _model(m3, state), tests, going_on=first > 0)
+        clock.lap("evaluate")
         if first:
             state = saved.restore(m3.config, state)
             say(f"going on after step {first}")
@@ -104,8 +103,6 @@ def train(config: Config) -> dict[str, Any]:
             num_steps=config.steps,
             pad_id=m3.tokenizer.pad_id,
         )
-        untrained = _untrained(config, run, m3, tests, going_on=first > 0)
-        clock.lap("evaluate")
         step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
         for done, now in _steps(config, step, state, batches, first, log):
             state = now
@@ -262,107 +259,6 @@ class _Clock:
         return {name: round(value, 1) for name, value in (self._laps | total).items()}
 
 
-def _check(config: Config) -> None:
-    """ValueError that lists every setting that no run can have; what depends on data and devices is checked with them."""
-    rules = (
-        ("at least 1", lambda x: x >= 1, "steps log_every evaluate_every save_every keep_checkpoints group_size"),
-        ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip temperature adam_eps"),
-        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay seed"),
-        ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup"),
-        ("from 0 to below 1", lambda x: 0 <= x < 1, "dropout adam_b1 adam_b2"),
-        ("a step, or -1 for never", lambda x: x >= -1, "distill_start"),
-        ("three numbers from 0 up", _three_from_0, "hybrid_weights loss_weights"),
-    )
-    wrong = [
-        f"{key} = {config[key]}, expected {rule}"
-        for rule, holds, keys in rules
-        for key in keys.split()
-        if not holds(config[key])
-    ]
-    if config.dtype not in ("float32", "bfloat16"):
-        wrong.append(f"dtype = {config.dtype!r}, expected 'float32' or 'bfloat16'")
-    if jax.process_count() > 1:
-        wrong.append(f"{jax.process_count()} processes: this version trains with one, over all of its devices")
-    if wrong:
-        raise ValueError("settings that no run can have: " + "; ".join(wrong))
-
-
-def _three_from_0(weights: Any) -> bool:
-    return len(weights) == 3 and all(isinstance(x, int | float) and 0 <= x < math.inf for x in weights)
-
-
-def _listed(paths: str) -> list[str]:
-    return [path.strip() for path in paths.split(",") if path.strip()]
-
-
-def _path(config: Config, path: str) -> Path:
-    """A path of the config; those under "cldr" lie in the embedded demo set, which is written on first use."""
-    if path.split("/")[0] != _DEMO:
-        return Path(path)
-    # One folder for each version of what writes it, and each seed; a folder is there when it is complete.
-    made_by = Path(cldr.__file__).read_bytes()
-    made_by += "".join(importlib.metadata.version(name) for name in ("Babel", "tokenizers")).encode()
-    folder = Path(config.data.folder) / f"{_DEMO}-{hashlib.blake2b(made_by, digest_size=4).hexdigest()}-{config.seed}"
-    if not folder.exists():
-        say("writing the embedded demo set …")
-        partial = folder.with_name(folder.name + ".partial")
-        cldr.write_demo(partial, seed=config.seed)
-        partial.rename(folder)
-    return folder / (path.removeprefix(_DEMO).removeprefix("/") or "train.jsonl")
-
-
-def _tasks(config: Config) -> tuple[Task | None, list[Task]]:
-    dev = read_task(_path(config, config.data.dev)) if config.data.dev else None
-    return dev, read_tasks([_path(config, path) for path in _listed(config.data.test)])
-
-
-def _start(config: Config) -> M3:
-    """The model to train, its parameters float32: that of `init_from`, or random weights of the config's sizes."""
-    if not config.data.train:
-        raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
-    if config.init_from:
-        if config.tokenizer:
-            raise ValueError(f"init_from brings its tokenizer; got tokenizer={config.tokenizer!r} too, leave it out")
-        m3 = m3jax.load(config.init_from, dtype="float32", heads=config.heads)
-    else:
-        named = config.tokenizer
-        if not named and _DEMO in _listed(config.data.train):
-            named = str(_path(config, f"{_DEMO}/tokenizer.json"))
-        if not named:
-            raise ValueError(
-                "random weights need a tokenizer: give --config.tokenizer=tokenizer.json, or --config.init_from"
-            )
-        if not Path(named).is_file():
-            raise ValueError(f"tokenizer names a tokenizer.json, got {named!r}, which is no file")
-        tokenizer = Tokenizer.from_file(named)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "pad", "eos", "unk")}
-        sizes = {"colbert_dim": config.model.hidden_size} | config.model.to_dict()
-        model = M3Config(vocab_size=tokenizer.vocab_size, **sizes, **ids)
-        m3 = M3(model, init(model, jax.random.key(config.seed)), tokenizer)
-    for key in ("query_max_length", "passage_max_length"):
-        if config[key] > m3.config.max_length:
-            raise ValueError(f"{key} must fit the position table, at most {m3.config.max_length}, got {config[key]}")
-    return m3
-
-
-def _length_groups(config: Config, rows: int) -> list[LengthGroup]:
-    """The config's length groups; ValueError where a batch does not divide by the devices that share its rows."""
-    for group in config.length_groups:
-        if not (isinstance(group, tuple | list) and len(group) == 2 and all(isinstance(x, int) for x in group)):
-            raise ValueError(
-                "length_groups holds pairs (longest text in tokens, queries in a batch), like ((128, 96), (512, 24)); "
-                f"got {config.length_groups}"
-            )
-        length, batch = group
-        if batch % rows:
-            near = batch // rows * rows
-            raise ValueError(
-                f"the batch of a length group must divide by the {rows} devices of the axes data × fsdp: up to {length} "
-                f"tokens it is {batch}; the nearest sizes are {f'{near} and ' if near else ''}{near + rows}"
-            )
-    return [LengthGroup(*group) for group in config.length_groups]
-
-
 def _model(m3: M3, state: TrainState) -> M3:
     """The model as trained so far; it shares the state's buffers, which the next step takes over."""
     return dataclasses.replace(m3, params=cast(state.params, "float32"))
@@ -410,7 +306,7 @@ def _next_commands(config: Config, run: Path) -> list[str]:
         f"python -c \"import m3jax; m = m3jax.load('{model}'); print(m.tokens(m3jax.encode(m, 'Kenya').lexical_weights))\"",
         f"python -m convert from-pytorch {shlex.quote(str(model))} {shlex.quote(str(run / 'orbax'))}",
     ]
-    for folder in [*_listed(config.data.test)[-1:], *_listed(config.data.dev)][:1]:
-        data = shlex.quote(str(_path(config, folder)))
+    for folder in [*listed(config.data.test)[-1:], *listed(config.data.dev)][:1]:
+        data = shlex.quote(str(path_of(config, folder)))
         commands.insert(1, f"python -m train.evaluate --model {shlex.quote(str(model))} --task custom --data {data}")
     return commands
