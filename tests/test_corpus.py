@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -13,41 +12,19 @@ import time
 import tracemalloc
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import m3jax
 from m3jax import corpus, shards
-from m3jax.config import M3Config
-from m3jax.model import M3, cast
+from tests.small_corpus import ALL, SMALL, TEXTS, files, small_model, stopped
 
 ROOT = Path(__file__).parents[1]
-LINE = "the quick brown fox jumps over a lazy dog and small cat sees red house near old river"
-WORDS = LINE.split()
-TEXTS = [" ".join(WORDS[start % 7 : start % 7 + start % 5]) for start in range(23)]
-ALL = {"dense": True, "sparse": True, "colbert": True}
-SMALL = {**ALL, "shard_texts": 5}  # 5 shards, the last of 3 texts
 
 
 @pytest.fixture(scope="module")
 def m3(tiny_tokenizer):
-    """A random model of 38 tokens at most, whose every token has a weight > 0."""
-    config = M3Config.tiny(
-        vocab_size=tiny_tokenizer.vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=24, max_position_embeddings=40, colbert_dim=6,
-    )  # fmt: skip
-    params = m3jax.init(config, jax.random.key(0))
-    params["heads"]["sparse_linear"]["bias"] = jnp.full(1, 5.0)
-    return M3(config, params, tiny_tokenizer)
-
-
-def files(directory):
-    """Every file of a directory and its bytes."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
+    return small_model(tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +33,6 @@ def whole(m3, tmp_path_factory):
     directory = tmp_path_factory.mktemp("corpus") / "whole"
     m3jax.encode_to(directory, m3, TEXTS, **SMALL)
     return files(directory)
-
-
-def stopped(m3, directory, after, error=KeyboardInterrupt, **more):
-    """A directory whose run ended when the text `after` was asked for."""
-
-    def some():
-        yield from TEXTS[:after]
-        raise error("stopped")
-
-    with pytest.raises(error, match="stopped"):
-        m3jax.encode_to(directory, m3, some(), **SMALL | more)
-    return directory
 
 
 @pytest.mark.parametrize("texts", [TEXTS, tuple(TEXTS), np.array(TEXTS), iter(TEXTS)], ids=lambda x: type(x).__name__)
@@ -238,50 +203,6 @@ def test_more_or_fewer_texts_at_the_end_of_a_shard_are_refused(m3, tmp_path, tex
     assert files(tmp_path / "x") == before
 
 
-def test_other_settings_or_another_model_are_refused(m3, tmp_path, whole, tiny_tokenizer_json):
-    directory = stopped(m3, tmp_path / "x", 12)
-    one = jax.tree.map(lambda x: x, m3.params)
-    one["encoder"]["layers"][0]["q"]["kernel"] = one["encoder"]["layers"][0]["q"]["kernel"].at[3, 2].add(1e-6)
-    other_tokenizer = m3jax.Tokenizer.from_json(tiny_tokenizer_json + " ")
-    for other, settings, named in (
-        (m3, {"max_length": 12}, ["max_length 38, not 12"]),
-        (
-            m3,
-            {"sparse": False, "colbert_dtype": "int8"},
-            ["sparse True, not False", "colbert_dtype 'float16', not 'int8'"],
-        ),
-        (m3, {"shard_texts": 6}, ["shard_texts 5, not 6"]),
-        (m3, {"instruction": "q: ", "mcls": True}, ["instruction '', not 'q: '", "mcls False, not True"]),
-        (m3, {"truncate_dim": 4}, ["truncate_dim None, not 4"]),
-        (M3(m3.config, one, m3.tokenizer), {}, ["model.weights "]),
-        (M3(m3.config, cast(m3.params, jnp.bfloat16), m3.tokenizer), {}, ["model.dtype 'float32', not 'bfloat16'"]),
-        (M3(m3.config, m3.params, other_tokenizer), {}, ["model.tokenizer "]),
-    ):
-        with pytest.raises(ValueError, match="what is there was encoded with") as caught:
-            m3jax.encode_to(directory, other, TEXTS, **SMALL | settings)
-        assert all(name in str(caught.value) for name in named), caught.value
-        assert str(caught.value).count(", not ") == len(named) + (", not 'bfloat16'" in str(caught.value))
-    # What changes nothing that comes out may be another.
-    m3jax.encode_to(directory, m3, TEXTS, max_length=38, batch_tokens=9999, **SMALL)
-    assert files(directory) == whole
-
-
-def test_the_weights_digest_sees_each_number_and_its_place(m3):
-    def digest(params):
-        return corpus.provenance.fingerprint(M3(m3.config, params, m3.tokenizer))
-
-    leaves, tree = jax.tree.flatten(m3.params)
-    seen = {digest(m3.params)}
-    assert digest(jax.tree.map(np.asarray, m3.params)) in seen  # wherever they are
-    variants = 0
-    for number, leaf in enumerate(leaves):
-        for other in (leaf.at[-1].add(2.0**-10), jnp.flip(leaf), leaf.T):
-            if not (other.ravel() == leaf.ravel()).all():  # shapes are the config's
-                variants += 1
-                seen.add(digest(jax.tree.unflatten(tree, [other if i == number else x for i, x in enumerate(leaves)])))
-    assert len(seen) == variants + 1 > len(leaves) + 1
-
-
 def test_what_else_is_there_is_left(m3, tmp_path):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ValueError, match="expected an empty directory or one that encode_to began, found notes"):
@@ -331,46 +252,6 @@ def test_cut_texts_are_counted_once_for_all(m3, tmp_path):
 def raising(texts, after, error):
     yield from texts[:after]
     raise error
-
-
-def said(capsys):
-    return capsys.readouterr().err.splitlines()
-
-
-def test_the_size_is_said_first(m3, tmp_path, capsys):
-    for dtype in ("float16", "int8", "float32"):
-        m3jax.encode_to(tmp_path / dtype, m3, TEXTS, colbert_dtype=dtype, **SMALL)
-        (line,) = said(capsys)
-        numbers = [int(n.replace(",", "")) for n in re.findall(r"(?:dense|sparse about|colbert about) ([\d,]+)", line)]
-        parts = json.loads(files(tmp_path / dtype)["finished.json"])["parts"]
-        assert (
-            line.startswith(f"{tmp_path / dtype}: 23 texts take dense {23 * 64:,}, sparse about ")
-            and " are free" in line
-        )
-        assert numbers[0] + 5 * 128 >= parts["dense"]["bytes"] >= numbers[0]
-        for number, part in zip(numbers[1:], ("sparse", "colbert"), strict=True):  # here the sample is all
-            assert parts[part]["bytes"] == pytest.approx(number, abs=5 * 8)
-    m3jax.encode_to(tmp_path / "y", m3, iter(TEXTS), **SMALL)
-    assert "each 1,000,000 texts take dense 64,000,000, sparse about" in said(capsys)[0]
-    stopped(m3, tmp_path / "z", 12)
-    said(capsys)
-    m3jax.encode_to(tmp_path / "z", m3, TEXTS, **SMALL)
-    assert said(capsys)[0].endswith("; 10 texts are there")
-    m3jax.encode_to(tmp_path / "z", m3, TEXTS, **SMALL)
-    assert said(capsys) == []
-
-
-def test_what_does_not_fit_is_refused_before_it_begins(m3, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "free", lambda directory: 23 * 64 + 100)
-    monkeypatch.setattr(corpus, "run", lambda *arguments, **how: pytest.fail("it encoded"))
-    with pytest.raises(ValueError, match=r"about [\d,]+ bytes are to be written, but 1,572 are free; make room"):
-        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
-
-
-def test_what_is_left_must_fit_and_not_what_is_there(m3, tmp_path, monkeypatch):
-    stopped(m3, tmp_path / "x", 22, colbert=False)
-    monkeypatch.setattr(shards, "free", lambda directory: 3 * 64 + 1000)
-    assert len(m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL | {"colbert": False})) == 23
 
 
 def test_an_iterator_is_checked_shard_by_shard(m3, tmp_path, whole, monkeypatch):

@@ -1,0 +1,55 @@
+"""The disk that embeddings take: said first, refused where it is not there. Not here: shards as they are written."""
+
+import json
+import re
+
+import pytest
+
+import m3jax
+from m3jax import corpus, shards
+from tests.small_corpus import SMALL, TEXTS, files, small_model, stopped
+
+
+@pytest.fixture(scope="module")
+def m3(tiny_tokenizer):
+    return small_model(tiny_tokenizer)
+
+
+def said(capsys):
+    return capsys.readouterr().err.splitlines()
+
+
+def test_the_size_is_said_first(m3, tmp_path, capsys):
+    for dtype in ("float16", "int8", "float32"):
+        m3jax.encode_to(tmp_path / dtype, m3, TEXTS, colbert_dtype=dtype, **SMALL)
+        (line,) = said(capsys)
+        numbers = [int(n.replace(",", "")) for n in re.findall(r"(?:dense|sparse about|colbert about) ([\d,]+)", line)]
+        parts = json.loads(files(tmp_path / dtype)["finished.json"])["parts"]
+        assert (
+            line.startswith(f"{tmp_path / dtype}: 23 texts take dense {23 * 64:,}, sparse about ")
+            and " are free" in line
+        )
+        assert numbers[0] + 5 * 128 >= parts["dense"]["bytes"] >= numbers[0]
+        for number, part in zip(numbers[1:], ("sparse", "colbert"), strict=True):  # here the sample is all
+            assert parts[part]["bytes"] == pytest.approx(number, abs=5 * 8)
+    m3jax.encode_to(tmp_path / "y", m3, iter(TEXTS), **SMALL)
+    assert "each 1,000,000 texts take dense 64,000,000, sparse about" in said(capsys)[0]
+    stopped(m3, tmp_path / "z", 12)
+    said(capsys)
+    m3jax.encode_to(tmp_path / "z", m3, TEXTS, **SMALL)
+    assert said(capsys)[0].endswith("; 10 texts are there")
+    m3jax.encode_to(tmp_path / "z", m3, TEXTS, **SMALL)
+    assert said(capsys) == []
+
+
+def test_what_does_not_fit_is_refused_before_it_begins(m3, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "free", lambda directory: 23 * 64 + 100)
+    monkeypatch.setattr(corpus, "run", lambda *arguments, **how: pytest.fail("it encoded"))
+    with pytest.raises(ValueError, match=r"about [\d,]+ bytes are to be written, but 1,572 are free; make room"):
+        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+
+
+def test_what_is_left_must_fit_and_not_what_is_there(m3, tmp_path, monkeypatch):
+    stopped(m3, tmp_path / "x", 22, colbert=False)
+    monkeypatch.setattr(shards, "free", lambda directory: 3 * 64 + 1000)
+    assert len(m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL | {"colbert": False})) == 23
