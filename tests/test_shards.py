@@ -241,7 +241,7 @@ print(json.dumps([*given, max(peak, before) - before]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory from Linux's /proc")
 def test_searching_takes_the_memory_of_a_block(tmp_path):
-    """340 MB of dense vectors and 300 MB of colbert's in float32, of which some blocks of 8 MB are in memory."""
+    """670 MB of dense vectors and 600 MB of colbert's in float32, of which some blocks of 8 MB are in memory."""
     rng = np.random.default_rng(0)
     vectors = unit(rng, 8192, 256)
     write(tmp_path / "small", Embeddings(dense=vectors[:8], colbert=[vectors[:9]] * 8), [8], "int8")
@@ -249,7 +249,7 @@ def test_searching_takes_the_memory_of_a_block(tmp_path):
     write(
         tmp_path / "colbert", Embeddings(colbert=[vectors[start : start + 100] for start in range(500)]), [500], "int8"
     )
-    for name, count in (("dense", 40), ("colbert", 6)):
+    for name, count in (("dense", 80), ("colbert", 12)):
         for index in range(1, count):  # the other shards are the same files by other names
             os.makedirs(tmp_path / name / f"shard-{index:08d}")
             for path in (tmp_path / name / "shard-00000000").iterdir():
@@ -262,5 +262,5 @@ def test_searching_takes_the_memory_of_a_block(tmp_path):
     assert done.returncode == 0, done.stderr
     found, shape, more = json.loads(done.stdout)
     assert found == [[found[0][0] + shard * 8192 for shard in range(3)]]  # the best row, of the first shards
-    assert shape == [1, 3000]
-    assert more < 180e6
+    assert shape == [1, 6000]
+    assert more < 240e6  # about 110e6; a busy machine returns what threads hold later

@@ -26,21 +26,13 @@ its turn in each round; 1 − cos, the largest distance of a dense vector from t
 """
 
 import argparse
-import gzip
-import itertools
-import json
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -48,147 +40,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import contestants
+from texts import MIXES, make_texts, small_tokenizer
+from workers import Failed, Worker, apart, start
 
-MIXES = {"queries": (5, 40), "passages": (50, 400), "documents": (1000, 8000)}
 # Texts of each mix: on two cores a round of FlagEmbedding takes about two minutes, on a GPU at most one.
 COUNTS = {
     "small": {"queries": 2048, "passages": 256, "documents": 8},
     "large": {"queries": 512, "passages": 64, "documents": 8},
     "accelerator": {"queries": 8192, "passages": 4096, "documents": 256},
 }
-SPAWN = multiprocessing.get_context("spawn")
-
-
-class Failed(Exception):
-    """A contestant that cannot go on."""
-
-
-class Worker:
-    """A contestant at work in its own process; `told` is what it says of itself."""
-
-    def __init__(self, name: str, given: argparse.Namespace, cache: bool = False):
-        self.name = name
-        folder = Path(tempfile.mkdtemp(dir=given.work))
-        environment = {
-            "HF_HUB_OFFLINE": "1",
-            "XDG_CACHE_HOME": str(folder),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
-            "JAX_ENABLE_COMPILATION_CACHE": str(cache).lower(),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the others need memory too
-        }
-        self._connection, theirs = SPAWN.Pipe()
-        self._log = folder / "log"
-        arguments = (theirs, name, given.model, given.colbert, environment, self._log)
-        self._process = SPAWN.Process(target=contestants.serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-        self.told = self._answer()
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        self._connection.send((method, arguments))
-        return self._answer()
-
-    def close(self) -> None:
-        if self._process.is_alive():
-            self._connection.send(None)
-        self._process.join()
-
-    def _answer(self) -> Any:
-        try:
-            answer = self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            lines = self._log.read_text(errors="replace").splitlines()
-            answer = RuntimeError(
-                f"its process ended with {self._process.exitcode}; {lines[-1] if lines else 'no output'}"
-            )
-        if isinstance(answer, Exception):
-            raise Failed(f"{self.name}: {answer}")
-        return answer
-
-
-def apart(function: Any, *arguments: Any) -> Any:
-    """The result of a function in a process of its own, which leaves nothing behind."""
-    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def start(names: list[str], given: argparse.Namespace, cache: bool = False) -> list[Worker]:
-    """Workers of those that can start; the others are named with the reason."""
-    workers = []
-    for name in names:
-        module, _ = (contestants.CONTESTANTS | contestants.MATRIX)[name]
-        try:
-            if not find_spec(module):
-                raise Failed(f"{name}: {module} is not installed")
-            if name == "ONNX Runtime":
-                prepare_onnx(given)
-            workers.append(Worker(name, given, cache))
-        except Failed as why:
-            print(f"not measured: {why}", flush=True)
-    return workers
-
-
-def prepare_onnx(given: argparse.Namespace) -> None:
-    if given.backend != "cpu":
-        raise Failed("ONNX Runtime: compared on CPU only")
-    if not contestants.onnx_path(given.model).exists():
-        try:
-            apart(contestants.export_onnx, given.model)
-        except Exception as error:
-            raise Failed(f"ONNX Runtime: the export failed, {type(error).__name__}: {error}") from error
-
-
-def small_tokenizer(path: Path) -> None:
-    """A tokenizer.json of XLM-R's form whose pieces are syllables."""
-    import tokenizers
-    from tokenizers import models, pre_tokenizers, processors
-
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    pieces = [(piece, 0.0) for piece in special]
-    pieces += [(start + syllable, -5.0) for start in ("▁", "") for syllable in syllables()]
-    inner = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=3))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.add_special_tokens(special)
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    inner.save(str(path))
-
-
-def syllables() -> list[str]:
-    return [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
-
-
-def source_texts(path: Path | None) -> Iterator[str]:
-    """The texts of a file, or words of syllables, in one random order again and again."""
-    random = np.random.default_rng(0)
-    if path is None:
-        words = ["".join(random.choice(syllables(), random.integers(1, 4))) for _ in range(5000)]
-        texts = [" ".join(random.choice(words, 100)) for _ in range(500)]
-    else:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            texts = [json.loads(x)["text"] if ".jsonl" in path.name else x.rstrip("\n") for x in lines if x.strip()]
-    return itertools.cycle([texts[i] for i in random.permutation(len(texts))])
-
-
-def make_texts(given: argparse.Namespace, low: int, high: int, count: int) -> tuple[list[str], list[int]]:
-    """Texts whose lengths fill low to high evenly, in random order, and their lengths in tokens, `<s>` and `</s>` included."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(given.tokenizer))
-    tokenizer.no_truncation()
-    source = source_texts(given.texts)
-    texts = []
-    for length in np.random.default_rng(1).permutation(np.linspace(low, high, count).round().astype(int)):
-        parts, room = [], length - 2
-        while room > 0:
-            part = next(source)[
-                : 8 * room + 64
-            ]  # tokens are seldom longer; if they are, the next text fills what is left
-            encoding = tokenizer.encode(part, add_special_tokens=False)
-            parts.append(part if len(encoding) <= room else part[: encoding.offsets[room - 1][1]])
-            room -= len(encoding)
-        texts.append(" ".join(parts))
-    return texts, [len(encoding) for encoding in tokenizer.encode_batch_fast(texts)]
 
 
 def flops(lengths: list[int], given: argparse.Namespace) -> float:

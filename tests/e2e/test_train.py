@@ -458,15 +458,6 @@ def test_bad_settings_end_a_run_before_it_starts(configured, steps, tmp_path, ch
         train.loop.train(configured(tmp_path, evaluate_untrained=False, **changes))
 
 
-def test_a_batch_divides_by_the_devices(configured, tmp_path):
-    config = configured(tmp_path, length_groups=((64, 16), (128, 12)))
-    assert [tuple(group) for group in length_groups(config, 4)] == [(64, 16), (128, 12)]
-    with pytest.raises(ValueError, match=r"8 devices .* up to 128 tokens it is 12; the nearest sizes are 8 and 16$"):
-        length_groups(config, 8)
-    with pytest.raises(ValueError, match=r"up to 64 tokens it is 16; the nearest sizes are 32$"):
-        length_groups(config, 32)
-
-
 def test_which_query_is_the_example(ran):
     m3 = m3jax.load(ran[0] / "model")
     queries = {"a.sw": "paris", "b.sw": "fox", "c.de": "cat", "d.xx": "dog"}
