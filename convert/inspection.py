@@ -62,8 +62,8 @@ def described(found: Survey) -> dict[str, str]:
     lines["dtypes"] = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in dtypes.items()) or "none"
     lines["heads"] = ", ".join(f"{k} {list(x.shape)} in {x.file}" if x else f"no {k}" for k, x in heads.items())
     lines["pooler"] = "yes (M3 does not use it)" if "pooler.dense.weight" in found.tensors else "no"
-    if found.unused:
-        lines["not read"] = ", ".join(found.unused)
+    if unread := [*found.unused, *(f"that it {other}" for other in found.others)]:
+        lines["not read"] = ", ".join(unread)
     if found.path.is_dir() and not checkpoint.is_checkpoint(found.path):
         absent = [f"{file} ({who})" for file, who in _OTHERS.items() if not (found.path / file).exists()]
         lines["for others"] = f"not there: {', '.join(absent)}; m3jax.save writes it" if absent else "all there"

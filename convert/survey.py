@@ -16,7 +16,7 @@ import numpy as np
 from m3jax import M3, M3Config, checkpoint
 from m3jax.model import flatten, shapes
 from m3jax.tokenization import Tokenizer
-from m3jax.weights import HEAD_FILES, MLM_PREFIX, UNUSED, read_file, torch_name, weight_files
+from m3jax.weights import HEAD_FILES, MLM_PREFIX, UNUSED, other_modules, read_file, torch_name, weight_files
 
 _ADD_FILES = "add the missing files; a tokenizer.json is what transformers' AutoTokenizer writes with save_pretrained"
 _ADD_HEADS = "add the two head files, or start from random heads, to train them: m3jax.load(…, heads='init')"
@@ -46,6 +46,7 @@ class Survey:
     tokenizer: Tokenizer | None = None
     tensors: dict[str, Stored] = dataclasses.field(default_factory=dict)
     unused: list[str] = dataclasses.field(default_factory=list)  # tensors that are known and not read
+    others: list[str] = dataclasses.field(default_factory=list)  # weights.other_modules
     problems: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -131,6 +132,10 @@ def _read_directory(found: Survey) -> None:
         _take(found, weight_files(found.path), found.path)
     except ValueError as error:
         found.problems[str(error)] = "write or download the index of the shards again"
+    try:
+        found.others = other_modules(found.path)
+    except ValueError as error:
+        found.problems[str(error)] = "write or download it again, or remove modules.json"
     for head, file in HEAD_FILES.items():
         if (found.path / file).exists():
             if f"{head}.weight" in found.tensors:

@@ -18,6 +18,7 @@ _ALWAYS = ("config.json", "tokenizer.json")
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")  # the first that is there, in the order of weights.read
 _HEADS = ("sparse_linear.pt", "colbert_linear.pt")
+_MODULES = ("modules.json", "1_Pooling/config.json")  # two small files, by which weights.read knows a mean over tokens
 
 
 def is_name(source: str | Path) -> bool:
@@ -35,9 +36,9 @@ def fetch(source: str | Path, *, revision: str | None = None) -> Path:
     A name is `owner/name`, or xlm-roberta-base or -large.
 
     Fetched are config.json, tokenizer.json, one form of the weights (model.safetensors, else its shards, else
-    pytorch_model.bin) and the two head files where they exist; what the cache has already is not fetched again, and the bytes
-    of the rest are said on stderr first. revision: a branch, tag or commit; None is main. Offline (HF_HUB_OFFLINE=1), or where
-    the hub does not answer, the cached copy serves; only the latter is said.
+    pytorch_model.bin), and where they exist the two head files and two configs of sentence-transformers; what the cache has
+    already is not fetched again, and the bytes of the rest are said on stderr first. revision: a branch, tag or commit; None
+    is main. Offline (HF_HUB_OFFLINE=1), or where the hub does not answer, the cached copy serves; only the latter is said.
 
     Raises ValueError where source is neither a directory nor a name, where the hub has no such repository, revision or file,
     where there is no answer and no cached copy, and on a download that breaks or comes short, which leaves no file behind.
@@ -127,7 +128,7 @@ def _needed(at: str, there: Collection[str], index: Callable[[], Path], advice: 
     if missing:
         names = ", ".join(sorted(there)[:20]) or "nothing"
         raise ValueError(f"{at}: a model needs {', '.join(missing)}; found {names}. To do: {advice}")
-    return needed + [file for file in _HEADS if file in there]
+    return needed + [file for file in (*_HEADS, *_MODULES) if file in there]
 
 
 def _shards(at: str, index: Path) -> list[str]:

@@ -40,5 +40,7 @@ def local(source: str | Path, *, revision: str | None = None) -> Iterator[Path]:
 
 
 def _needed(there: Sequence[str]) -> Sequence[str]:
-    """The files to copy from a store: the last step's model of checkpoints, else everything at the top."""
-    return checkpoint.needed(there) or [name for name in there if "/" not in name]
+    """The files to copy from a store: the last step's model of checkpoints, else everything at the top and configs below."""
+    return checkpoint.needed(there) or [
+        name for name in there if "/" not in name or name.endswith("_Pooling/config.json")
+    ]

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,9 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     Reads `config.json`, `tokenizer.json`, and `model.safetensors` (sharded too) or `pytorch_model.bin`; the heads from
     `sparse_linear.pt` and `colbert_linear.pt`, or from the safetensors where they are there under `sparse_linear.*` and
     `colbert_linear.*`. Of a masked-language-model file the encoder is taken, and a warning names the
-    head that is dropped. heads="init" draws heads that are missing at random (the same each time).
+    head that is dropped; a warning also names what a sentence-transformers export does that M3's dense function, the
+    normalised CLS state, does not (a mean over tokens, a further layer). heads="init" draws heads that are missing at random
+    (the same each time).
 
     Raises ValueError on a file that is missing or broken, and one that lists every tensor missing, left over or misshapen.
     """
@@ -84,6 +86,12 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
             )
         tensors |= shard
     tensors = _without_lm_head(tensors, directory)
+    if others := other_modules(directory):
+        warnings.warn(
+            f"{directory}: M3's dense vector is the normalised CLS state, but this export {' and '.join(others)}, which is "
+            "not read: vectors will not be those of sentence-transformers; train before you search with them",
+            stacklevel=2,
+        )
     absent = []
     for head, file in HEAD_FILES.items():
         if (directory / file).exists():
@@ -237,6 +245,41 @@ def _without_lm_head(tensors: dict[str, np.ndarray], directory: Path) -> dict[st
     encoder = {name: x for name, x in tensors.items() if name not in head}
     # A name that is there with the prefix and without keeps it, and is left over.
     return {k if (short := k.removeprefix(MLM_PREFIX)) in encoder else short: x for k, x in encoder.items()}
+
+
+def other_modules(directory: Path) -> list[str]:
+    """What sentence-transformers does in a directory that M3's dense function, the normalised CLS state, does not.
+
+    Such as ["pools by mean", "has a Dense module"]; empty where there is no modules.json. ValueError on one that is broken.
+    """
+    path = directory / "modules.json"
+    if not path.exists():
+        return []
+    others = []
+    try:
+        for module in json.loads(path.read_text(encoding="utf-8")):
+            kind = module["type"].rpartition(".")[2]
+            if kind == "Pooling":
+                path = directory / module["path"] / "config.json"
+                modes = (
+                    _pooling(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else [f"a missing {path}"]
+                )
+                others += [] if modes == ["cls"] else [f"pools by {', '.join(modes)}"]
+            elif kind not in ("Transformer", "Normalize"):
+                others.append(f"has a {kind} module")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected what sentence-transformers writes, got {error!r}; write or remove it"
+        ) from error
+    return others
+
+
+def _pooling(config: Mapping[str, Any]) -> list[str]:
+    """The modes of a Pooling module: one key in newer files, a key for each mode in older ones."""
+    if mode := config.get("pooling_mode"):
+        return [mode] if isinstance(mode, str) else list(mode)
+    flags = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    return [flag.removesuffix("_token").removesuffix("_tokens") for flag in flags]
 
 
 def weight_files(directory: Path) -> list[str]:

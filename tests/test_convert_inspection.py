@@ -100,6 +100,8 @@ def test_other_kinds(saved, capsys):
     assert status == 1 and lines["kind"] == "sentence-transformers export, no M3 heads"
     assert lines["heads"] == "no sparse_linear, no colbert_linear"
     assert "missing file: sparse_linear.pt" in text and "heads='init'" in text and "linear.weight" not in text
+    (saved / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
+    assert inspected(capsys, saved)[1]["not read"] == "that it pools by mean"
     (saved / "modules.json").unlink()
     _, lines, _ = inspected(capsys, saved)
     assert lines["kind"] == "encoder, no M3 heads"

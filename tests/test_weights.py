@@ -176,6 +176,39 @@ def test_one_error_lists_every_tensor_that_is_wrong(saved):
         assert part in message, part
 
 
+@pytest.mark.parametrize(
+    ("pooling", "also", "said"),
+    [
+        ({"pooling_mode": "mean"}, [], "pools by mean"),
+        ({"pooling_mode": ["cls", "max"]}, [], "pools by cls, max"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, [], "pools by mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, [], "pools by cls, mean"),
+        ({"pooling_mode_lasttoken": True}, ["Dense"], "pools by lasttoken and has a Dense module"),
+        ({"pooling_mode": "cls"}, ["Dense"], "has a Dense module"),
+        (None, [], "pools by a missing "),
+        ({"pooling_mode": "cls"}, [], None),
+        ({"pooling_mode_cls_token": True, "include_prompt": True}, [], None),
+    ],
+)
+def test_what_sentence_transformers_does_beyond_the_cls_state_is_said(m3, saved, recwarn, pooling, also, said):
+    modules = json.loads((saved / "modules.json").read_text())
+    modules += [{"idx": 9, "name": "9", "path": "9", "type": f"sentence_transformers.models.{kind}"} for kind in also]
+    (saved / "modules.json").write_text(json.dumps(modules))
+    (saved / "1_Pooling/config.json").unlink()
+    if pooling:
+        (saved / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 16} | pooling))
+    assert_same_model(read(saved), m3)
+    given = [str(w.message) for w in recwarn if "CLS state" in str(w.message)]
+    assert [f"normalised CLS state, but this export {said}" in message for message in given] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("broken", ["", '[{"path": ""}]', "[1]", '{"a": 1}'])
+def test_broken_modules_are_named(saved, broken):
+    (saved / "modules.json").write_text(broken)
+    with pytest.raises(ValueError, match=r"modules\.json: expected what sentence-transformers writes, got .*remove it"):
+        read(saved)
+
+
 def test_a_tensor_with_the_prefix_and_without_is_left_over(m3, saved):
     tensors = {f"roberta.{name}": x for name, x in encoder_tensors(saved).items()}
     rewrite(saved, tensors)
