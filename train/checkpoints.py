@@ -55,10 +55,11 @@ class Checkpoints:
         items[_RUN] = ocp.args.JsonSave({"step": step, "settings": self._settings})
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, model: M3Config, state: TrainState) -> TrainState:
-        """The last checkpoint as a state placed like `state`. ValueError where it is of another model or other settings."""
+    def check(self, model: M3Config) -> None:
+        """ValueError where the last checkpoint is of another model or other settings."""
         step = self.last
-        assert step is not None
+        if step is None:
+            return
         stored = self._manager.restore(step, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()}))[_RUN]
         if stored["settings"] != self._settings:
             differ = sorted(
@@ -71,10 +72,15 @@ class Checkpoints:
                 + "; ".join(f"{k} was {stored['settings'].get(k)!r}, is {self._settings.get(k)!r}" for k in differ)
                 + ". Give the old ones, or another --config.output for a new run"
             )
-        folder = self._directory.absolute() / str(step)
-        found, _ = checkpoint.describe(folder)
+        found, _ = checkpoint.describe(self._directory.absolute() / str(step))
         if found != model:
             raise ValueError(f"{self._directory}: step {step} is of another model, {found}; this run has {model}")
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The last checkpoint, which `check` accepts, as a state placed like `state`."""
+        step = self.last
+        assert step is not None
+        folder = self._directory.absolute() / str(step)
         _, params, _ = checkpoint.read(folder, sharding=lambda _: jax.tree.map(lambda x: x.sharding, state.params))
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.optimizer)
         restore = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))

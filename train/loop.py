@@ -86,12 +86,13 @@ def train(config: Config) -> dict[str, Any]:
     settings = {key: config[key] for key in _KEPT} | {"data": source.name}
     optimizer = make_optimizer(config)
     with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
+        saved.check(m3.config)  # before anything is written
         state = make_state(m3.params, optimizer, mesh)
         first = saved.last or 0
         untrained = _untrained(config, run, _model(m3, state), tests, going_on=first > 0)
         clock.lap("evaluate")
         if first:
-            state = saved.restore(m3.config, state)
+            state = saved.restore(state)
             say(f"going on after step {first}")
         log = _Log(run / "metrics.jsonl", after=first)
         batches = make_batches(
