@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     config.model.num_attention_heads = 16
     config.model.intermediate_size = 4096
     config.model.max_position_embeddings = 8194
+    config.model.colbert_dim = (
+        0  # width of colbert vectors; 0 is hidden_size. With heads="init", of a new colbert head too
+    )
     config.tokenizer = ""  # a tokenizer.json, for random weights; "" is the demo's own where data.train is "cldr"
 
     config.data = ConfigDict()
@@ -40,8 +43,25 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.group_size = 8  # passages a query: 1 positive, the others negatives; PAPER §3
 
-    config.steps = 10000
+    # Tokens of queries or passages that a device encodes at a time; larger batches go through in equal parts, with the exact
+    # gradients of the whole. 0: as many as its memory holds, found by compiling, for each length group.
+    config.sub_batch_tokens = 0
+    config.accumulate = 1  # batches whose gradients are averaged before the parameters change
+
+    config.functions = ("dense", "sparse", "colbert")  # what is trained; with several, their hybrid too
+    config.frozen = ()  # what stays as it is: "encoder", "positions" (their table), "sparse", "colbert" (the heads)
+    config.matryoshka = (
+        ConfigDict()
+    )  # shorter vectors trained beside the full ones, by their widths; their losses are averaged
+    config.matryoshka.dense = ()
+    config.matryoshka.colbert = ()
+
+    config.steps = 10000  # batches
     config.learning_rate = 1e-5  # at its highest; reference code
+    config.learning_rate_scale = ConfigDict()  # factors of the learning rate
+    config.learning_rate_scale.encoder = 1.0
+    config.learning_rate_scale.sparse = 1.0
+    config.learning_rate_scale.colbert = 1.0
     config.warmup = 0.1  # share of the steps; PAPER §3
     config.weight_decay = 0.01  # PAPER §3
     config.clip = 1.0  # global norm; reference code
@@ -54,8 +74,13 @@ def get_config() -> ConfigDict:
     config.distill_start = 6000  # the step at which self-distillation starts, -1 is never; PAPER §2
     config.dropout = 0.0  # on hidden states only: fused attention has none (the reference trains with 0.1 on both)
     config.dtype = "float32"  # of the matrix products: "float32" or "bfloat16"; parameters and sums are float32
-    config.remat = True  # keep one activation a layer and compute the others again: less memory, a third more work
+    # What the backward pass computes again of each layer, to save memory: "none", "all_but_products" (of matrices with weights)
+    # or "all", a third more work.
+    config.remat = "all"
 
+    # "" is one process; "auto" joins those that SLURM, Kubernetes, Open MPI or a TPU pod started, as JAX detects them;
+    # "HOST:PORT,COUNT,INDEX" names the first process's address, how many there are and which this is.
+    config.distributed = ""
     config.mesh = ConfigDict()  # devices along each axis, -1 is the rest; m3jax/sharding.py
     config.mesh.data = -1
     config.mesh.fsdp = 1

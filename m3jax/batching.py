@@ -44,8 +44,9 @@ def pack(
 ) -> Iterator[Packing]:
     """Batches of full rows, longest texts first, that hold every text once and about `batch_tokens` ids each.
 
-    A batch's rows are as long as its longest text needs (`bucket_length` in `step`s), but at least `row_length`. Each row takes
-    the longest text that is left, then of the others always the longest that still fits (best-fit decreasing), so that texts
+    A batch's rows are as long as its longest text needs (`bucket_length` in `step`s), but at least `row_length`, or what all
+    texts that are left need together, so that one short query is computed alone. Each row takes the longest text that is left,
+    then of the others always the longest that still fits (best-fit decreasing), so that texts
     of like length meet and short ones fill what is left. Its number of rows is a multiple of `row_multiple` (the devices that
     rows are split over): of the full batch `batch_tokens // length`, and at the end of the texts one of few. A text that
     alone exceeds the budget is a row of its own. ValueError for a number below 1.
@@ -60,7 +61,7 @@ def pack(
         )
     pool = _Pool(np.asarray(lengths, np.int64))
     while longest := pool.longest(pool.most):
-        length = bucket_length(max(longest, row_length), step)
+        length = bucket_length(max(longest, min(row_length, pool.left)), step)
         full = max(1, batch_tokens // (length * row_multiple)) * row_multiple
         texts: list[int] = []
         rows: list[int] = []
@@ -90,6 +91,7 @@ class _Pool:
 
     def __init__(self, lengths: Int[np.ndarray, " n"]):
         self.most = int(lengths.max(initial=0))
+        self.left = int(lengths.sum())  # token ids
         self._texts: list[list[int]] = [[] for _ in range(self.most + 1)]
         for text in np.argsort(lengths, kind="stable")[::-1].tolist():
             self._texts[lengths[text]].append(text)
@@ -109,6 +111,7 @@ class _Pool:
 
     def take(self, length: int) -> int:
         """A text of that length, the first of those left."""
+        self.left -= length
         return self._texts[length].pop()
 
 

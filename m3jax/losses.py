@@ -83,13 +83,24 @@ def m3_loss(
 
     scores: "dense", "sparse", "colbert", "hybrid", each [b, p]. L = (Σ λ·L_* + L_hybrid) / 4; with self-distillation
     L' = Σ λ·L'_* / 3 and the loss is (L + L') / 2. distill: 0 before self-distillation starts, 1 after; it may be a traced
-    array, so that starting compiles nothing again. Parts: "dense", "sparse", "colbert", "hybrid", and "distill/…".
+    array, so that starting compiles nothing again. Parts: the names of `scores`, and "distill/…" of each but "hybrid".
+
+    A function that is left out of `scores` takes no part, and the sums are divided by the fewer parts there are; a single one
+    needs no "hybrid", which would be itself, and then there is no self-distillation. "dense@256" beside "dense" is a shorter
+    vector of the same function: the losses of a function's widths are averaged.
     """
-    parts = {name: info_nce(scores[name], positives, temperature, allowed) for name in (*PARTS, "hybrid")}
-    contrastive = sum(w * parts[name] for w, name in zip(loss_weights, PARTS, strict=True)) + parts["hybrid"]
-    taught = {name: distillation(scores["hybrid"], scores[name], temperature, allowed) for name in PARTS}
-    distilled = sum(w * taught[name] for w, name in zip(loss_weights, PARTS, strict=True))
-    contrastive, distilled = contrastive / 4, distilled / 3
+    widths = {part: [name for name in scores if name.split("@")[0] == part] for part in PARTS}
+    weights = {
+        name: w / len(widths[part]) for w, part in zip(loss_weights, PARTS, strict=True) for name in widths[part]
+    }
+    count = sum(bool(names) for names in widths.values())
+    parts = {name: info_nce(scores[name], positives, temperature, allowed) for name in scores}
+    contrastive = jnp.asarray(sum(w * parts[name] for name, w in weights.items()))
+    if "hybrid" not in scores:
+        return contrastive / count, parts
+    contrastive = (contrastive + parts["hybrid"]) / (count + 1)
+    taught = {name: distillation(scores["hybrid"], scores[name], temperature, allowed) for name in weights}
+    distilled = sum(w * taught[name] for name, w in weights.items()) / count
     loss = jnp.where(jnp.asarray(distill) > 0, (contrastive + distilled) / 2, contrastive)
     return loss, parts | {f"distill/{name}": value for name, value in taught.items()}
 

@@ -19,7 +19,7 @@ from m3jax.heads import Heads
 from m3jax.representations import Representations
 from m3jax.sharding import path_name
 from m3jax.tokenization import Tokenizer
-from m3jax.xlm_roberta import Encoder, positions_from_ids
+from m3jax.xlm_roberta import Encoder, Remat, positions_from_ids
 
 Params = dict[Any, Any]  # nested dict of arrays, the shape of `init`'s result; layers have their number as key
 
@@ -115,14 +115,15 @@ def apply(
     mask: Bool[Array | np.ndarray, "b l"],
     *,
     dropout: float = 0.0,
-    key: Key[Array, ""] | None = None,
-    remat: bool = False,
+    key: Key[Array, ""] | Key[Array, "b"] | None = None,
+    remat: Remat = "none",
 ) -> Representations:
     """The representations of b texts, one a row: a pure function to jit, grad, vmap and shard.
 
     ids: token ids, `<s>` first, filled up with pad_token_id. mask: True at real tokens; texts start at column 0. Padding
-    changes nothing. dropout (probability on hidden states) needs a key; remat trades memory for a second forward pass. On a
-    mesh, call it under `jax.set_mesh`: the kernels of GPU and TPU are split by the mesh in context.
+    changes nothing. dropout (probability on hidden states) needs a key, or one a row. remat: what the backward pass computes
+    again of each layer, to save memory: "none", "all_but_products" (of matrices with weights) or "all". On a mesh, call it
+    under `jax.set_mesh`: the kernels of GPU and TPU are split by the mesh in context.
     An id past the vocabulary gives NaN. Raises ValueError where l is beyond the position table.
     """
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)
@@ -135,8 +136,9 @@ def apply(
         raise ValueError(f"dropout needs a PRNG key, got dropout={dropout} and key=None")
     network = nnx.merge(_abstract(config)[0], params)
     positions = positions_from_ids(ids, config.pad_token_id)
+    keys = jax.random.split(key, len(ids)) if key is not None and key.ndim == 0 else key
     hidden = network.encoder(
-        ids, positions, mask.astype(jnp.int32), packed=False, dropout=dropout, key=key, remat=remat
+        ids, positions, mask.astype(jnp.int32), packed=False, dropout=dropout, keys=keys, remat=remat
     )
     return network.heads(hidden, ids, mask)
 

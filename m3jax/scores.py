@@ -4,11 +4,16 @@ Not here: losses (losses.py), and scores of encoded corpora (retrieval.py). No a
 axes of all pairs: passages go through in blocks, which the backward pass computes again.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from m3jax.losses import PARTS
 from m3jax.representations import Representations
+from m3jax.sharding import BATCH, STACKED, batch_groups, constrain
 
 # Elements of the largest array of one passage block, [block, j, q, i], 16 MiB in float32; a block is one passage at least.
 # On two CPU cores (256 queries of 16 tokens × 256 passages of 16, width 128, with gradients) 2^18, 2^20, 2^22, 2^24 take
@@ -63,12 +68,13 @@ def sparse_scores(
     # checkpoint: the backward pass compares the ids again instead of keeping every block's matches.
     @jax.checkpoint
     def block(passages):
-        ids, weights = passages
+        ids, weights = map(_everywhere, passages)
         same = query_ids[:, :, None, None] == ids
         return jnp.einsum("qi,qipj,pj->pq", query_weights, same.astype(weights.dtype), weights)
 
-    blocks = _blocks(term_weights(passage_ids, passage_weights), query_ids.size * passage_ids.shape[1])
-    return _joined(jax.lax.map(block, blocks), len(passage_ids)).T
+    blocks = _Blocks(len(passage_ids), query_ids.size * passage_ids.shape[1])
+    terms = term_weights(passage_ids, passage_weights)
+    return blocks.join(jax.lax.map(block, tuple(map(blocks.split, terms))), _BY_QUERY).T
 
 
 def colbert_scores(
@@ -98,7 +104,7 @@ def _colbert_forward(queries, query_mask, passages, passage_mask):
     share = _shares(query_mask)
 
     def block(one):
-        vectors, mask = one
+        vectors, mask = map(_everywhere, one)
         # In this order of axes it is one matrix product as the arrays lie, [p·j, c] × [c, q·i]; "pqij" takes twice as long.
         similar = jnp.einsum("pjc,qic->pjqi", vectors, queries, preferred_element_type=jnp.float32)
         similar = jnp.where(mask[:, :, None, None], similar, -jnp.inf)
@@ -106,9 +112,9 @@ def _colbert_forward(queries, query_mask, passages, passage_mask):
         best = jnp.where(mask.any(axis=1)[:, None, None], similar.max(axis=1), 0.0)
         return jnp.einsum("qi,pqi->pq", share, best), similar.argmax(axis=1)
 
-    blocks = _blocks((passages, passage_mask), query_mask.size * passages.shape[1])
-    scores, nearest = (_joined(x, len(passages)) for x in jax.lax.map(block, blocks))
-    return scores.T, (queries, query_mask, passages, passage_mask, nearest)
+    blocks = _Blocks(len(passages), query_mask.size * passages.shape[1])
+    scores, nearest = jax.lax.map(block, (blocks.split(passages), blocks.split(passage_mask)))
+    return blocks.join(scores, _BY_QUERY).T, (queries, query_mask, passages, passage_mask, nearest)
 
 
 def _colbert_backward(kept, gradient):
@@ -120,15 +126,18 @@ def _colbert_backward(kept, gradient):
 
     def block(to_queries, one):
         vectors, mask, near, given = one
+        vectors, mask = _everywhere(vectors), _everywhere(mask)
         given = jnp.where(mask.any(axis=1)[:, None], given, 0.0)[:, :, None] * share
         chosen = jnp.where(near[:, None] == jnp.arange(length)[:, None, None], given[:, None], 0.0)
         to_passages = jnp.einsum("pjqi,qic->pjc", chosen, queries, preferred_element_type=jnp.float32)
         to_queries += jnp.einsum("pjqi,pjc->qic", chosen, vectors, preferred_element_type=jnp.float32)
-        return to_queries, to_passages.astype(vectors.dtype)
+        return to_queries, constrain(to_passages.astype(vectors.dtype), BATCH)
 
-    blocks = _blocks((passages, passage_mask, nearest, gradient.T), query_mask.size * length)
-    to_queries, to_passages = jax.lax.scan(block, jnp.zeros(queries.shape, jnp.float32), blocks)
-    return to_queries.astype(queries.dtype), None, _joined(to_passages, len(passages)), None
+    blocks = _Blocks(len(passages), query_mask.size * length)
+    given = (*map(blocks.split, (passages, passage_mask)), nearest, blocks.split(gradient.T, _BY_QUERY))
+    nothing = constrain(jnp.zeros(queries.shape, jnp.float32), BATCH)
+    to_queries, to_passages = jax.lax.scan(block, nothing, given)
+    return to_queries.astype(queries.dtype), None, blocks.join(to_passages), None
 
 
 _colbert.defvjp(_colbert_forward, _colbert_backward)
@@ -154,33 +163,57 @@ def hybrid_scores(
 
 
 def all_scores(
-    queries: Representations, passages: Representations, weights: tuple[float, float, float] = HYBRID_WEIGHTS
+    queries: Representations,
+    passages: Representations,
+    weights: tuple[float, float, float] = HYBRID_WEIGHTS,
+    functions: Sequence[str] = PARTS,
 ) -> dict[str, Float[Array, "q p"]]:
-    """The four score matrices of all pairs: dense, sparse, colbert, hybrid; float32."""
-    dense = dense_scores(queries.dense, passages.dense)
-    sparse = sparse_scores(queries.token_ids, queries.token_weights, passages.token_ids, passages.token_weights)
-    colbert = colbert_scores(queries.colbert, queries.colbert_mask, passages.colbert, passages.colbert_mask)
-    return {
-        "dense": dense,
-        "sparse": sparse,
-        "colbert": colbert,
-        "hybrid": hybrid_scores(dense, sparse, colbert, weights),
+    """The score matrices of all pairs, float32: dense, sparse, colbert, and hybrid, their weighted sum.
+
+    functions: fewer of the three; the others are not computed, and the sum is over these. Of one alone there is no hybrid.
+    """
+    every = {
+        "dense": lambda q, p: dense_scores(q.dense, p.dense),
+        "sparse": lambda q, p: sparse_scores(q.token_ids, q.token_weights, p.token_ids, p.token_weights),
+        "colbert": lambda q, p: colbert_scores(q.colbert, q.colbert_mask, p.colbert, p.colbert_mask),
     }
+    scores = {name: every[name](queries, passages) for name in PARTS if name in functions}
+    if len(scores) == 1:
+        return scores
+    zero = jnp.zeros(next(iter(scores.values())).shape)
+    dense, sparse, colbert = (scores.get(name, zero) for name in PARTS)
+    return scores | {"hybrid": hybrid_scores(dense, sparse, colbert, weights)}
 
 
-def _blocks(passages: tuple[Array, ...], elements: int) -> tuple[Array, ...]:
-    """[p, …] → [blocks, passages of a block, …], filled up with zeros; `elements`: what one passage adds to a block."""
-    count = len(passages[0])
-    size = max(1, min(count, _BLOCK_ELEMENTS // max(1, elements)))
-    blocks = -(-count // size)
+class _Blocks:
+    """Passages in blocks, one after another: [p, …] ↔ [n, passages of a block, …].
 
-    def split(x: Array) -> Array:
-        filled = jnp.pad(x, [(0, blocks * size - count)] + [(0, 0)] * (x.ndim - 1))
-        return filled.reshape(blocks, size, *x.shape[1:])
+    Every device has as many of a block's passages as any other, and keeps its own, forward and backward, until a block's turn
+    comes, when all get it: memory holds a block, not the passages of all devices. elements: what one passage adds to a block.
+    """
 
-    return tuple(split(x) for x in passages)
+    def __init__(self, count: int, elements: int):
+        groups = batch_groups()
+        self._groups = groups if count % groups == 0 else 1
+        self._own = count // self._groups
+        self._size = max(1, min(self._own, _BLOCK_ELEMENTS // max(1, elements)))  # queries are split over devices too
+        self._blocks = -(-self._own // self._size)
+
+    def split(self, x: Array, placed: PartitionSpec = STACKED) -> Array:
+        own = x.reshape(self._groups, self._own, *x.shape[1:])
+        filled = jnp.pad(own, [(0, 0), (0, self._blocks * self._size - self._own)] + [(0, 0)] * (x.ndim - 1))
+        parts = filled.reshape(self._groups, self._blocks, self._size, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(parts.reshape(self._blocks, -1, *x.shape[1:]), placed)
+
+    def join(self, blocks: Array, placed: PartitionSpec = STACKED) -> Array:
+        blocks = constrain(blocks, placed)
+        parts = blocks.reshape(self._blocks, self._groups, self._size, *blocks.shape[2:]).swapaxes(0, 1)
+        own = parts.reshape(self._groups, self._blocks * self._size, *blocks.shape[2:])[:, : self._own]
+        return own.reshape(-1, *blocks.shape[2:])
 
 
-def _joined(blocks: Array, count: int) -> Array:
-    """The inverse of `_blocks`, for one array."""
-    return blocks.reshape(-1, *blocks.shape[2:])[:count]
+_BY_QUERY = PartitionSpec(None, None, *BATCH)  # [n, passages of a block, queries]: each device has its own queries
+
+
+def _everywhere(x: Array) -> Array:
+    return constrain(x, PartitionSpec())

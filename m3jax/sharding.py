@@ -12,8 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# Rows of a batch go over data and fsdp: every device works on its own rows.
+# Rows of a batch go over data and fsdp: every device works on its own rows. Of stacked parts of a batch, the second axis.
 BATCH = PartitionSpec(("data", "fsdp"))
+STACKED = PartitionSpec(None, *BATCH)
 
 # Parameter path (joined by "/") → PartitionSpec; the first match holds. A kernel is [inputs, outputs]. Pairs of
 # projections split their shared width over `tensor`, so one all-reduce a pair suffices. A table splits its width: 250,002
@@ -49,6 +50,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         )
     # Auto axes: with the default, Explicit, every operation of the mathematics would need sharding types.
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_groups() -> int:
+    """Over how many groups of devices the mesh in context splits the rows of a batch; 1 without a mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return sizes.get("data", 1) * sizes.get("fsdp", 1)
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """x, placed so on the mesh in context; without a mesh, x itself."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

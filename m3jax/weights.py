@@ -60,7 +60,9 @@ def torch_name(path: str) -> str:
     return f"{table[module]}.{_LEAVES[leaf]}"
 
 
-def read(directory: str | Path, *, heads: Literal["require", "init"] = "require") -> tuple[M3Config, Params, Tokenizer]:
+def read(
+    directory: str | Path, *, heads: Literal["require", "init"] = "require", colbert_dim: int | None = None
+) -> tuple[M3Config, Params, Tokenizer]:
     """Config, parameters and tokenizer of a local released directory.
 
     The parameters are NumPy arrays in the dtype stored, read-only views of the mapped files: nothing is read until it is used.
@@ -70,7 +72,7 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     `colbert_linear.*`. Of a masked-language-model file the encoder is taken, and a warning names the
     head that is dropped; a warning also names what a sentence-transformers export does that M3's dense function, the
     normalised CLS state, does not (a mean over tokens, a further layer). heads="init" draws heads that are missing at random
-    (the same each time).
+    (the same each time), a colbert head of width `colbert_dim` where that is given.
 
     Raises ValueError on a file that is missing or broken, and one that lists every tensor missing, left over or misshapen.
     """
@@ -109,6 +111,8 @@ def read(directory: str | Path, *, heads: Literal["require", "init"] = "require"
     colbert = tensors.get("colbert_linear.weight")
     if colbert is not None and colbert.ndim == 2:
         config = dataclasses.replace(config, colbert_dim=colbert.shape[0])
+    elif colbert is None and colbert_dim:
+        config = dataclasses.replace(config, colbert_dim=colbert_dim)
     pooler = {name: x for name, x in tensors.items() if name.startswith("pooler.")}
     if len(pooler) == 2 and not any(x.any() for x in pooler.values()):  # what `write` puts where there is none
         tensors = {name: x for name, x in tensors.items() if name not in pooler}

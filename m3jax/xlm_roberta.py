@@ -3,8 +3,7 @@
 Not here: the heads (heads.py), and dropout on attention weights, which fused attention kernels do not have.
 """
 
-import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from m3jax.attention import attention
 from m3jax.config import M3Config
+
+# What the backward pass computes again of a layer; the rest is kept. The products are those with weights, not attention's.
+Remat = Literal["none", "all_but_products", "all"]
+_KEPT = {"all_but_products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "all": None}
 
 
 def positions_from_ids(ids: Int[Array, "b l"], pad_id: int) -> Int[Array, "b l"]:
@@ -105,18 +108,18 @@ class Layer(nnx.Module):
         hidden: Float[Array, "b l d"],
         segments: Int[Array, "b l"],
         dropout: float,
-        key: Key[Array, ""] | None,
+        keys: Key[Array, "b"] | None,
         *,
         packed: bool,
     ) -> Float[Array, "b l d"]:
-        keys = (None, None) if key is None else jax.random.split(key)
+        first, second = (None, None) if keys is None else _split(keys, 2)
         q, k, v = (
             project(hidden).astype(self.q.kernel.dtype).reshape(*hidden.shape[:2], self.heads, -1)
             for project in (self.q, self.k, self.v)
         )
         attended = attention(q, k, v, segments, packed=packed).reshape(hidden.shape)
-        hidden = self.attention_norm(hidden + _drop(self.attention_out(attended), dropout, keys[0]))
-        return self.output_norm(hidden + _drop(self.down(_gelu(self.up(hidden))), dropout, keys[1]))
+        hidden = self.attention_norm(hidden + _drop(self.attention_out(attended), dropout, first))
+        return self.output_norm(hidden + _drop(self.down(_gelu(self.up(hidden))), dropout, second))
 
 
 class Encoder(nnx.Module):
@@ -136,38 +139,28 @@ class Encoder(nnx.Module):
         *,
         packed: bool = True,
         dropout: float = 0.0,
-        key: Key[Array, ""] | None = None,
-        remat: bool = False,
+        keys: Key[Array, "b"] | None = None,
+        remat: Remat = "none",
     ) -> Float[Array, "b l d"]:
         """Hidden states of every token, float32.
 
         ids, positions, segments: [b, l]; a token attends to the tokens of its own segment, segment 0 is padding. packed: as in
-        `attention`.
-        dropout: probability on hidden states, in training only; needs `key`. remat: keep only each layer's input for the
-        backward pass.
+        `attention`. dropout: probability on hidden states, in training only; needs `keys`, one a row, so that what is dropped
+        of a row does not depend on the rows beside it. remat: what of each layer the backward pass computes again.
         """
-        keys = [None] * (len(self.layers) + 1) if key is None else list(jax.random.split(key, len(self.layers) + 1))
-        hidden = _drop(self.embeddings(ids, positions), dropout, keys[0])
-        for layer, layer_key in zip(self.layers, keys[1:], strict=True):
-            graph, state = nnx.split(layer)
-            run = functools.partial(_run, graph, dropout, packed)
-            hidden = (jax.checkpoint(run) if remat else run)(state, hidden, segments, layer_key)
-        return hidden
+        each = None if keys is None else _split(keys, 1 + len(self.layers))
+        hidden = _drop(self.embeddings(ids, positions), dropout, None if each is None else each[0])
+        # The layers are alike: one is traced, compiled and run in a loop over the stacked parameters of all.
+        graph = nnx.split(self.layers[0])[0]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in self.layers))
 
+        def run(hidden: Array, one: tuple[nnx.State, Array | None]) -> tuple[Array, None]:
+            state, layer_keys = one
+            return nnx.merge(graph, state)(hidden, segments, dropout, layer_keys, packed=packed), None
 
-# A jit of its own, within the one of the caller: the layers are alike, so the first is traced and lowered for all, which takes
-# a third off compiling 24 of them.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(
-    graph: nnx.GraphDef[Layer],
-    dropout: float,
-    packed: bool,
-    state: nnx.State,
-    hidden: Float[Array, "b l d"],
-    segments: Int[Array, "b l"],
-    key: Key[Array, ""] | None,
-) -> Float[Array, "b l d"]:
-    return nnx.merge(graph, state)(hidden, segments, dropout, key, packed=packed)
+        if remat != "none":
+            run = jax.checkpoint(run, prevent_cse=False, policy=_KEPT[remat])
+        return jax.lax.scan(run, hidden, (stacked, None if each is None else each[1:]))[0]
 
 
 def _gelu(x: Array) -> Array:
@@ -175,8 +168,14 @@ def _gelu(x: Array) -> Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-def _drop(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout; without a rate or a key, x itself."""
-    if rate == 0.0 or key is None:
+def _split(keys: Key[Array, "b"], count: int) -> Key[Array, "n b"]:
+    """`count` keys of each row's key."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
+def _drop(x: Float[Array, "b l d"], rate: float, keys: Key[Array, "b"] | None) -> Float[Array, "b l d"]:
+    """Inverted dropout; without a rate or keys, x itself."""
+    if rate == 0.0 or keys is None:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1.0 - rate), 0.0)

@@ -50,7 +50,7 @@ def test_pack(lengths, batch_tokens, row_length, step, row_multiple):
     left = sorted(lengths)
     for batch in batches:
         rows, length = batch.shape
-        assert length == bucket_length(max(left[-1], row_length), step)  # longest first
+        assert length == bucket_length(max(left[-1], min(row_length, sum(left))), step)  # longest first
         assert rows % row_multiple == 0
         assert rows * length <= batch_tokens or rows == row_multiple
         full = max(1, batch_tokens // (length * row_multiple)) * row_multiple

@@ -187,6 +187,34 @@ def test_other_loss_weights():
     np.testing.assert_allclose(one, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("names", [("dense",), ("sparse", "colbert"), ("dense", "colbert")])
+def test_functions_that_are_left_out(names):
+    made, positives = scores()
+    hard = {name: naive_info_nce(made[name], positives, 0.5) for name in (*names, "hybrid")}
+    weighted = sum(LAMBDAS[PARTS.index(name)] * hard[name] for name in names)
+    if len(names) == 1:
+        loss, parts = m3_loss({names[0]: made[names[0]]}, positives, temperature=0.5, loss_weights=LAMBDAS, distill=1.0)
+        assert set(parts) == {*names}
+        np.testing.assert_allclose(loss, weighted, rtol=1e-5)
+        return
+    given = {name: made[name] for name in (*names, "hybrid")}
+    loss, parts = m3_loss(given, positives, temperature=0.5, loss_weights=LAMBDAS, distill=1.0)
+    assert set(parts) == {*given, *(f"distill/{name}" for name in names)}
+    taught = [LAMBDAS[PARTS.index(name)] * naive_distillation(made["hybrid"], made[name], 0.5, None) for name in names]
+    np.testing.assert_allclose(loss, ((weighted + hard["hybrid"]) / 3 + sum(taught) / 2) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distill", [0.0, 1.0])
+def test_the_widths_of_a_function_are_averaged(distill):
+    made, positives = scores()
+    short = {"dense@8": made["dense"] ** 2, "dense@4": made["dense"] - made["colbert"]}
+    options = {"temperature": 0.5, "distill": distill}
+    loss, parts = m3_loss(made | short, positives, **options)
+    one_each = [m3_loss(made | {"dense": x}, positives, **options)[0] for x in (made["dense"], *short.values())]
+    np.testing.assert_allclose(loss, sum(one_each) / 3, rtol=1e-5)
+    np.testing.assert_allclose(parts["dense@8"], naive_info_nce(short["dense@8"], positives, 0.5), rtol=1e-5)
+
+
 def test_order_of_rows_and_of_candidates_does_not_matter():
     made, positives = scores()
     rows, columns = np.array([3, 1, 0, 2]), np.array([5, 0, 7, 2, 1, 4, 3, 6])

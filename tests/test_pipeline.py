@@ -167,10 +167,17 @@ def test_prefetch_keeps_the_order(source):
     assert list(prefetch(direct, 5, 5)) == []
 
 
-def test_processes_hold_contiguous_slices(source):
-    whole = batches(source)
-    halves = [batches(source, process_index=i, process_count=2) for i in (0, 1)]
-    assert_same([type(a)(*map(np.concatenate, zip(a, b, strict=True))) for a, b in zip(*halves, strict=True)], whole)
+def test_processes_hold_parts_of_a_batch(source):
+    """Not always neighbours: a mesh of TPUs is laid out by its wires."""
+    groups = [LengthGroup(48, 6), LengthGroup(112, 3)]
+    outer, middle = (batches(source, groups=groups, held=held, parts=3) for held in ([0, 2], [1]))
+    whole = batches(source, groups=groups)
+
+    def join(outer, middle):
+        size = len(middle)
+        return np.concatenate([outer[:size], middle, outer[size:]])
+
+    assert_same([type(a)(*map(join, a, b)) for a, b in zip(outer, middle, strict=True)], whole)
 
 
 def test_shapes_are_static_and_fit(source):
@@ -271,8 +278,8 @@ def test_fill_that_does_not_exist():
 
 
 def test_bad_arguments(source):
-    with pytest.raises(ValueError, match="multiple of the number of processes, 4; group 48 has 6"):
-        batches(source, process_count=4)
+    with pytest.raises(ValueError, match="multiple of the parts it is split into, 4; group 48 has 6"):
+        batches(source, parts=4)
     with pytest.raises(ValueError, match="increasing order"):
         batches(source, groups=GROUPS[::-1])
     with pytest.raises(ValueError, match="increasing order"):

@@ -1,5 +1,8 @@
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -324,6 +327,45 @@ def test_no_array_holds_all_tokens_of_all_pairs():
     assert max(map(math.prod, made)) == 384 * 512 * 1024  # the gradient of the passages' vectors
     blocks = [math.prod(shape) for shape in made if {48, 512} <= set(shape) and 1024 not in shape]
     assert max(blocks) <= max(m3jax.scores._BLOCK_ELEMENTS, 48 * 512 * 512)  # one passage at the least
+
+
+EIGHT = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding
+from m3jax import scores
+from m3jax.sharding import BATCH, make_mesh
+
+scores._BLOCK_ELEMENTS = 1 << 16
+Q, P, I, J, C = 16, 512, 8, 32, 64
+shapes = ((Q, I, C), (P, J, C))
+
+def loss(queries, passages):
+    masks = (jnp.ones(x.shape[:2], bool) for x in (queries, passages))
+    found = scores.colbert_scores(queries, next(masks), passages, next(masks))
+    return (jax.nn.softmax(found * 10, axis=1) ** 2).sum()
+
+mesh = make_mesh()
+assert mesh.size == 8
+place = NamedSharding(mesh, BATCH)
+with jax.set_mesh(mesh):
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(place, place), out_shardings=(None, (place, place)))
+    used = step.lower(*given).compile().memory_analysis().temp_size_in_bytes
+    random = np.random.default_rng(0)
+    rows = [random.normal(size=shape).astype(np.float32) / C**0.5 for shape in shapes]
+    got = step(*rows)
+passages = P * J * C * 4  # bytes of all passages' vectors
+assert used < passages, (used, passages)  # a device's eighth and its gradient's, blocks, and which token was nearest
+expected = jax.value_and_grad(loss, (0, 1))(*rows)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), got, expected)
+print(used / passages)
+"""
+
+
+def test_a_device_never_holds_the_token_vectors_of_all():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("elements", [1 << 10, 1 << 24])

@@ -14,14 +14,16 @@ from typing import Any
 from tqdm import tqdm
 
 from train import Config
+from train.processes import is_first
 
 _OURS = ("m3jax", "train", "convert", "configs")
 
 
 def say(text: str) -> None:
-    """One line on the terminal, above any progress bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """One line on the terminal, above any progress bar; of several processes the first one speaks."""
+    if is_first():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager

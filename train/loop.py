@@ -29,13 +29,15 @@ from m3jax.model import M3, cast
 from m3jax.sharding import make_mesh
 from train import Config
 from train.checkpoints import Checkpoints
+from train.compiled import CompiledStep
 from train.console import describe, say
 from train.data.builders import prepare
-from train.data.pipeline import Batch, make_batches
+from train.data.pipeline import make_batches
 from train.evaluate import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
 from train.optimizer import learning_rate, make_optimizer
+from train.processes import agreed, first_then_others, is_first, on_host, placed, rows_held
 from train.release import card_of_run
 from train.report import write_report
 from train.start import check, length_groups, listed, path_of, read_sets, start_model
@@ -45,45 +47,50 @@ from train.tasks import Task
 
 # A run goes on only with these as it began, and with the same data: all but how often it is looked at and where.
 _KEPT = (
-    *("seed", "init_from", "length_groups", "group_size", "steps", "learning_rate", "warmup", "weight_decay", "clip"),
+    *("seed", "init_from", "length_groups", "group_size", "accumulate", "functions", "frozen", "matryoshka"),
     *(
+        "steps",
+        "learning_rate",
+        "learning_rate_scale",
+        "warmup",
+        "weight_decay",
+        "clip",
         "adam_b1",
         "adam_b2",
         "adam_eps",
-        "temperature",
-        "hybrid_weights",
-        "loss_weights",
-        "distill_start",
-        "dropout",
-        "dtype",
     ),
+    *("temperature", "hybrid_weights", "loss_weights", "distill_start", "dropout", "dtype"),
 )
 
 
 def train(config: Config) -> dict[str, Any]:
     """Run `config` (every key is in configs/base.py) from its beginning or its last checkpoint to its report.
 
-    Returns the content of results.json. Raises ValueError, before training starts, on data, sizes or settings that cannot
-    be trained, and during it on a loss that is not finite.
+    Returns the content of results.json, on the first of several processes. Raises ValueError, before training starts, on data,
+    sizes or settings that cannot be trained, and during it on a loss that is not finite.
     """
     check(config)
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
-    dev, tests = read_sets(config)
-    m3 = start_model(config)
-    source = prepare(
-        [path_of(config, path) for path in listed(config.data.train)],
-        m3.tokenizer,
-        data_dir=config.data.folder,
-        query_max_length=config.query_max_length,
-        passage_max_length=config.passage_max_length,
+    dev, tests = first_then_others(lambda: read_sets(config))
+    m3 = first_then_others(lambda: start_model(config))
+    source = first_then_others(
+        lambda: prepare(
+            [path_of(config, path) for path in listed(config.data.train)],
+            m3.tokenizer,
+            data_dir=config.data.folder,
+            query_max_length=config.query_max_length,
+            passage_max_length=config.passage_max_length,
+        )
     )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    groups = length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    held, row_groups = rows_held(mesh)
+    groups = length_groups(config, row_groups)
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
-    settings = {key: config[key] for key in _KEPT} | {"data": source.name}
+    kept = {key: config.to_dict()[key] for key in _KEPT}
+    settings = kept | {"data": source.name}
     optimizer = make_optimizer(config)
     with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
         saved.check(m3.config)  # before anything is written
@@ -103,9 +110,16 @@ def train(config: Config) -> dict[str, Any]:
             start_step=first,
             num_steps=config.steps,
             pad_id=m3.tokenizer.pad_id,
+            held=held,
+            parts=row_groups,
         )
-        step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
-        for done, now in _steps(config, step, state, batches, first, log):
+        fixed = FrozenConfigDict(config)
+        step = CompiledStep(
+            lambda sub_batches: make_step(m3.config, fixed, optimizer, mesh, state, sub_batches),
+            row_groups=row_groups,
+            sub_batch_tokens=config.sub_batch_tokens,
+        )
+        for done, now in _steps(config, step, state, (placed(batch, mesh) for batch in batches), first, log):
             state = now
             if dev and _at(config.evaluate_every, done, config):
                 clock.lap("train")
@@ -122,14 +136,17 @@ def train(config: Config) -> dict[str, Any]:
         "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
         "rows": len(source),
     }
-    kept = {key: config[key] for key in _KEPT}
     # The model is there before it is measured, which may take longer or fail; its card says how good it is in the end.
-    m3jax.save(trained, run / "model", card=card_of_run(trained.config, known, kept))
+    whole = dataclasses.replace(trained, params=on_host(trained.params))
+    if is_first():
+        m3jax.save(whole, run / "model", card=card_of_run(trained.config, known, kept))
     evaluations = [_evaluate(config, trained, task, "trained") for task in tests]
+    if not is_first():
+        return {}
     example = None
     if tests:
         example = worked_example(
-            trained,
+            whole,
             tests[0],
             evaluations[0].runs,
             config.example.query,
@@ -161,19 +178,19 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _steps(
-    config: Config, step: Any, state: TrainState, batches: Iterable[Batch], first: int, log: "_Log"
+    config: Config, step: Any, state: TrainState, batches: Iterable[Any], first: int, log: "_Log"
 ) -> Iterator[tuple[int, TrainState]]:
     """Run the steps, giving (steps done, state) after each; measures are written one step late, while the next one runs."""
     rate = learning_rate(config)
-    shapes: set[tuple[int, ...]] = set()
-    waiting: tuple[int, dict[str, jax.Array], int] | None = None
+    waiting: tuple[int, dict[str, jax.Array]] | None = None
     timer = time.perf_counter()
 
     def finish() -> None:
         nonlocal timer
         assert waiting is not None
-        number, measures, tokens = waiting
+        number, measures = waiting
         values = {name: float(value) for name, value in measures.items()}
+        tokens = values.pop("tokens")
         if wrong := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
             raise ValueError(
                 f"every measure of a step must be finite, but in step {number} these are not: {wrong}. The last checkpoint "
@@ -182,7 +199,10 @@ def _steps(
         if number - 1 < config.distill_start or config.distill_start < 0:
             values = {name: value for name, value in values.items() if not name.startswith("distill/")}
         now = time.perf_counter()
-        values |= {"learning_rate": float(jnp.asarray(rate(number - 1))), "tokens_per_second": tokens / (now - timer)}
+        values |= {
+            "learning_rate": float(jnp.asarray(rate((number - 1) // config.accumulate))),
+            "tokens_per_second": tokens / (now - timer),
+        }
         timer = now
         if number % config.log_every == 0 or number in (1, config.steps):
             log.write(number, values)
@@ -193,15 +213,10 @@ def _steps(
     interval = 0.5 if os.isatty(2) else 30
     with tqdm(total=config.steps, initial=first, unit="step", desc="train", mininterval=interval) as bar:
         for done, batch in enumerate(batches, first + 1):
-            shape = (batch.query_ids.shape[1], *batch.passage_ids.shape)
-            if shape not in shapes:
-                shapes.add(shape)
-                queries = f"{len(batch.query_ids)} queries of {shape[0]} tokens"
-                say(f"compiling for {queries} and {shape[1]} passages of {shape[2]} …")
             state, measures = step(state, batch)
             if waiting:
                 finish()
-            waiting = done, measures, int(batch.query_mask.sum() + batch.passage_mask.sum())
+            waiting = done, measures
             if _at(config.save_every, done, config) or _at(config.evaluate_every, done, config):
                 finish()  # before its state is saved or measured: it must be finite, and its line written
                 waiting = None
@@ -227,9 +242,10 @@ class _Log:
             # A line without its end is one that a kill cut off.
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
-        self._path = path
+        self._path = path if is_first() else Path(os.devnull)
         self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
-        write_whole(path, "".join(kept))
+        if is_first():
+            write_whole(path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         seconds = round(time.perf_counter() - self._began, 3)
@@ -274,11 +290,13 @@ def _untrained(config: Config, run: Path, m3: M3, tests: list[Task], *, going_on
     content = json.dumps([[task.name, task.corpus, task.queries, task.qrels] for task in tests]).encode()
     of = {"tests": hashlib.blake2b(content, digest_size=8).hexdigest()}
     of |= {key: config[key] for key in ("query_max_length", "passage_max_length")}
-    if going_on and kept.exists() and (known := json.loads(kept.read_text(encoding="utf-8")))["of"] == of:
-        return known["evaluations"]
+    known = json.loads(kept.read_text(encoding="utf-8")) if going_on and kept.exists() else {}
+    if agreed(known.get("of") == of):
+        return known.get("evaluations", [])
     say("measuring the untrained model …")
     measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]
-    write_json(kept, {"of": of, "evaluations": measured})
+    if is_first():
+        write_json(kept, {"of": of, "evaluations": measured})
     return measured
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from train.console import libraries_to
-
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; --config.KEY=VALUE changes a key.")
 
 
@@ -22,8 +20,12 @@ def main(arguments: Sequence[str]) -> None:
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     try:
-        with libraries_to(run / "log.txt"):
-            # Imported after the flags are read, so that a typo answers at once, and what libraries say is caught.
+        # Imported after the flags are read, so that a typo answers at once, and what libraries say is caught.
+        from train.console import libraries_to
+        from train.processes import join, log_file
+
+        join(config.distributed)
+        with libraries_to(run / log_file()):
             from train.loop import train
 
             train(config)

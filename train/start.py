@@ -6,16 +6,19 @@ Not here: the rows it trains on (data/), and the run itself (loop.py).
 import hashlib
 import importlib.metadata
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
 from m3jax import sources
 from m3jax.config import M3Config
+from m3jax.losses import PARTS
 from m3jax.model import M3, init
 from m3jax.tokenization import Tokenizer
+from m3jax.xlm_roberta import Remat
 from train import Config
 from train.console import say
 from train.data import cldr
@@ -23,18 +26,27 @@ from train.data.pipeline import LengthGroup
 from train.tasks import Task, read_task, read_tasks
 
 _DEMO = "cldr"
+_FREEZABLE = ("encoder", "positions", "sparse", "colbert")
 
 
 def check(config: Config) -> None:
     """ValueError that lists every setting that no run can have; what depends on data and devices is checked with them."""
     rules = (
-        ("at least 1", lambda x: x >= 1, "steps log_every evaluate_every save_every keep_checkpoints group_size"),
+        (
+            "at least 1",
+            lambda x: x >= 1,
+            "steps log_every evaluate_every save_every keep_checkpoints group_size accumulate",
+        ),
         ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip temperature adam_eps"),
-        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay seed"),
+        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay seed sub_batch_tokens"),
         ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup"),
         ("from 0 to below 1", lambda x: 0 <= x < 1, "dropout adam_b1 adam_b2"),
         ("a step, or -1 for never", lambda x: x >= -1, "distill_start"),
         ("three numbers from 0 up", _three_from_0, "hybrid_weights loss_weights"),
+        (f"some of {', '.join(PARTS)}", lambda x: x and _some_of(PARTS, x), "functions"),
+        (f"some of {', '.join(_FREEZABLE)}", lambda x: _some_of(_FREEZABLE, x), "frozen"),
+        (f"one of {', '.join(get_args(Remat))}", lambda x: x in get_args(Remat), "remat"),
+        ("float32 or bfloat16", lambda x: x in ("float32", "bfloat16"), "dtype"),
     )
     wrong = [
         f"{key} = {config[key]}, expected {rule}"
@@ -42,12 +54,31 @@ def check(config: Config) -> None:
         for key in keys.split()
         if not holds(config[key])
     ]
-    if config.dtype not in ("float32", "bfloat16"):
-        wrong.append(f"dtype = {config.dtype!r}, expected 'float32' or 'bfloat16'")
-    if jax.process_count() > 1:
-        wrong.append(f"{jax.process_count()} processes: this version trains with one, over all of its devices")
+    wrong += [
+        f"learning_rate_scale.{name} = {scale}, expected above 0 (frozen = ({name!r},) for none)"
+        for name, scale in config.learning_rate_scale.items()
+        if not 0 < scale < math.inf
+    ]
+    if {"encoder", *({"sparse", "colbert"} & {*config.functions})} <= {*config.frozen}:
+        wrong.append(f"frozen = {config.frozen}, which leaves nothing to train")
+    if len(config.functions) == 1 and config.distill_start >= 0:
+        wrong.append(
+            f"distill_start = {config.distill_start} with {config.functions[0]} alone, which has no hybrid to learn from; "
+            "expected -1"
+        )
+    wrong += [
+        f"matryoshka.{function} = {widths}, but {function} is not among functions"
+        for function, widths in config.matryoshka.items()
+        if widths and function not in config.functions
+    ]
+    if config.steps % max(1, config.accumulate):
+        wrong.append(f"steps = {config.steps}, expected a multiple of accumulate = {config.accumulate}")
     if wrong:
         raise ValueError("settings that no run can have: " + "; ".join(wrong))
+
+
+def _some_of(names: Sequence[str], given: Sequence[str]) -> bool:
+    return not isinstance(given, str) and {*given} <= {*names} and len({*given}) == len(given)
 
 
 def _three_from_0(weights: Any) -> bool:
@@ -87,7 +118,14 @@ def start_model(config: Config) -> M3:
         if config.tokenizer:
             raise ValueError(f"init_from brings its tokenizer; got tokenizer={config.tokenizer!r} too, leave it out")
         # In host memory: `m3jax.load` would give each device a copy, beside the one that the mesh splits.
-        model, params, tokenizer = sources.read(config.init_from, heads=config.heads)
+        model, params, tokenizer = sources.read(
+            config.init_from, heads=config.heads, colbert_dim=config.model.colbert_dim or None
+        )
+        if config.model.colbert_dim not in (0, model.colbert_dim):
+            raise ValueError(
+                f"model.colbert_dim is the width of a new colbert head, but that of {config.init_from} has "
+                f"{model.colbert_dim}, got {config.model.colbert_dim}; leave it out, or shorten it with matryoshka.colbert"
+            )
         m3 = M3(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params), tokenizer)
     else:
         named = config.tokenizer
@@ -101,12 +139,19 @@ def start_model(config: Config) -> M3:
             raise ValueError(f"tokenizer names a tokenizer.json, got {named!r}, which is no file")
         tokenizer = Tokenizer.from_file(named)
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "pad", "eos", "unk")}
-        sizes = {"colbert_dim": config.model.hidden_size} | config.model.to_dict()
+        sizes = config.model.to_dict()
+        sizes["colbert_dim"] = sizes["colbert_dim"] or sizes["hidden_size"]
         model = M3Config(vocab_size=tokenizer.vocab_size, **sizes, **ids)
         m3 = M3(model, init(model, jax.random.key(config.seed)), tokenizer)
     for key in ("query_max_length", "passage_max_length"):
         if config[key] > m3.config.max_length:
             raise ValueError(f"{key} must fit the position table, at most {m3.config.max_length}, got {config[key]}")
+    for function, most in (("dense", m3.config.hidden_size), ("colbert", m3.config.colbert_dim)):
+        widths = config.matryoshka[function]
+        if not all(isinstance(width, int) and 1 <= width < most for width in widths) or len({*widths}) < len(widths):
+            raise ValueError(
+                f"matryoshka.{function} holds widths from 1 to below the full one, {most}, each once; got {widths}"
+            )
     return m3
 
 

@@ -13,13 +13,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax.config import M3Config
+from m3jax.heads import normalize
 from m3jax.losses import candidates, m3_loss
 from m3jax.model import Params, apply, cast
 from m3jax.representations import Representations
-from m3jax.scores import all_scores
+from m3jax.scores import all_scores, colbert_scores, dense_scores
 from m3jax.sharding import BATCH, shardings
 from train import Config
 from train.data.pipeline import Batch
+from train.optimizer import FROZEN, parameter_groups
+from train.sub_batch import ONE_PASS, SubBatches, encode_in
 
 
 @jax.tree_util.register_dataclass
@@ -45,22 +48,39 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def loss_and_parts(
-    model: M3Config, config: Config, params: Params, batch: Any, distill: jax.Array, key: jax.Array
+    model: M3Config,
+    config: Config,
+    params: Params,
+    batch: Any,
+    distill: jax.Array,
+    key: jax.Array,
+    sub_batches: SubBatches = ONE_PASS,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The M3 loss of one global batch, and its parts and the terms per text as measures.
 
     batch: a `Batch` of device arrays. Every query's candidates are all passages of the batch, on whichever device they
     lie, but its other positives.
     """
+
+    def encode(ids: jax.Array, mask: jax.Array, keys: jax.Array) -> Representations:
+        # Cast in here: what the parts give to the gradient of a parameter is summed in float32.
+        ours = cast(params, config.dtype)
+        return apply(model, ours, ids, mask, dropout=config.dropout, key=keys, remat=config.remat)
+
     query_key, passage_key = jax.random.split(key)
-    params = cast(params, config.dtype)
-    encoding = {"dropout": config.dropout, "remat": config.remat}
-    queries = apply(model, params, batch.query_ids, batch.query_mask, key=query_key, **encoding)
-    passages = apply(model, params, batch.passage_ids, batch.passage_mask, key=passage_key, **encoding)
     rows, count = len(batch.query_ids), len(batch.passage_ids)
+    queries = encode_in(
+        sub_batches.queries, encode, batch.query_ids, batch.query_mask, jax.random.split(query_key, rows)
+    )
+    passages = encode_in(
+        sub_batches.passages, encode, batch.passage_ids, batch.passage_mask, jax.random.split(passage_key, count)
+    )
+    scores = all_scores(queries, passages, config.hybrid_weights, config.functions)
+    for function, widths in config.matryoshka.items():
+        scores |= {f"{function}@{width}": _SCORES[function](width, queries, passages) for width in widths}
     positives = jnp.arange(rows) * (count // rows)  # passages are query-major, the positive first
     loss, parts = m3_loss(
-        all_scores(queries, passages, config.hybrid_weights),
+        scores,
         positives,
         temperature=config.temperature,
         loss_weights=config.loss_weights,
@@ -75,18 +95,33 @@ def loss_and_parts(
     }
 
 
+# The scores of the first numbers of each vector alone, normalised again (Matryoshka).
+_SCORES = {
+    "dense": lambda width, q, p: dense_scores(normalize(q.dense[:, :width]), normalize(p.dense[:, :width])),
+    "colbert": lambda width, q, p: colbert_scores(
+        normalize(q.colbert[..., :width]), q.colbert_mask, normalize(p.colbert[..., :width]), p.colbert_mask
+    ),
+}
+
+
 def make_step(
-    model: M3Config, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
+    model: M3Config,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+    sub_batches: SubBatches = ONE_PASS,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step for states placed like `state`, whose buffers it takes over."""
-    root = jax.random.key(config.seed)
+    labels = parameter_groups(config, state.params)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         distill = (config.distill_start >= 0) & (state.step >= config.distill_start)
-        key = jax.random.fold_in(root, state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
         def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss_and_parts(model, config, params, batch, distill, key)
+            trained = jax.tree.map(lambda x, name: jax.lax.stop_gradient(x) if name == FROZEN else x, params, labels)
+            return loss_and_parts(model, config, trained, batch, distill, key, sub_batches)
 
         # GPUs and TPUs would round the factors of float32 products, scores among them, which the temperature then magnifies;
         # products of bfloat16 are what they are.
@@ -94,6 +129,7 @@ def make_step(
             gradients, measures = jax.grad(loss, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         measures["gradient_norm"] = optax.tree.norm(gradients)
+        measures["tokens"] = batch.query_mask.sum() + batch.passage_mask.sum()
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, moments, state.step + 1), measures
 

@@ -20,6 +20,9 @@ os.environ |= {
 # Nothing runs on a TPU here, nor on another accelerator that the host may have.
 jax.config.update("jax_platforms", "cpu")
 
+# Of 8 and of 64 chips.
+_SLICES = {"v5e": ("2x4", "8x8"), "v6e": ("2x4", "8x8"), "v5p": ("2x2x2", "4x4x4")}
+
 _TABLE: list[tuple[object, ...]] = []
 _HEAD = ("program", "chip", "devices", "rows × length", "compile, s", "memory a device, GB")
 
@@ -43,11 +46,12 @@ def tpu_mesh():
     from jax.experimental import topologies
 
     @functools.cache  # described twice, devices are not the same
-    def eight(chip: str):
-        return topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x4").devices
+    def described(chip: str, slice: str):
+        return topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{slice}").devices
 
     def mesh(chip: str, devices: int, **sizes: int) -> Mesh:
-        return make_mesh(**sizes, devices=eight(chip)[:devices])
+        slice = _SLICES[chip][devices > 8]
+        return make_mesh(**sizes, devices=described(chip, slice)[:devices])
 
     return mesh
 

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 class LengthGroup(NamedTuple):
     """Rows whose longest text (query or any passage) has at most `max_length` ids, and no shorter group takes.
 
-    `batch_size` is global: the rows of one step on all processes together.
+    `batch_size` is global: the rows of one step on all devices together.
     """
 
     max_length: int
@@ -181,26 +181,26 @@ class Batches:
         groups: Sequence[LengthGroup],
         group_size: int,
         pad_id: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        held: Sequence[int] = (0,),
+        parts: int = 1,
     ):
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1 (the positive); {group_size} came.")
         if not groups or list(groups) != sorted(groups) or len({g.max_length for g in groups}) < len(groups):
             raise ValueError(f"length groups must stand in increasing order of max_length; {list(groups)} came.")
         for group in groups:
-            if group.batch_size < 1 or group.batch_size % process_count:
+            if group.batch_size < 1 or group.batch_size % parts:
                 raise ValueError(
-                    f"the batch_size of a length group must be a positive multiple of the number of processes, "
-                    f"{process_count}; group {group.max_length} has {group.batch_size}."
+                    f"the batch_size of a length group must be a positive multiple of the parts it is split into, {parts}; "
+                    f"group {group.max_length} has {group.batch_size}."
                 )
         self._source = source
         self._seed = seed
         self._groups = list(groups)
         self._group_size = group_size
         self._pad_id = pad_id
-        self._process_index = process_index
-        self._process_count = process_count
+        self._held = list(held)
+        self._parts = parts
         self._members = _members(source, groups)
         self._most_positives = int(source.positives.max())
         self.order = Order(seed, [len(m) for m in self._members], [g.batch_size for g in groups])
@@ -220,8 +220,7 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         draw = self.order.draw(step)
         members = self._members[draw.group]
-        share = len(draw.places) // self._process_count
-        mine = slice(self._process_index * share, (self._process_index + 1) * share)
+        mine = np.arange(len(draw.places)).reshape(self._parts, -1)[self._held].ravel()
         indices = members[draw.places[mine]]
         rows = self._source.rows(indices)
         passages: list[np.ndarray] = []
@@ -233,8 +232,8 @@ class Batches:
         shape = self.shapes[draw.group]
         assert shape is not None
         query_length, passage_length = shape
-        query_ids, query_mask = pad([row.query for row in rows], share, query_length, self._pad_id)
-        passage_ids, passage_mask = pad(passages, share * self._group_size, passage_length, self._pad_id)
+        query_ids, query_mask = pad([row.query for row in rows], len(mine), query_length, self._pad_id)
+        passage_ids, passage_mask = pad(passages, len(passages), passage_length, self._pad_id)
         # As wide as the source needs anywhere: a batch's own maximum would be another shape to compile for.
         known = np.stack([row.identity[np.arange(self._most_positives) % row.positives] for row in rows])
         return Batch(query_ids, query_mask, passage_ids, passage_mask, np.stack(identity), known)
@@ -294,8 +293,8 @@ def make_batches(
     start_step: int,
     num_steps: int,
     pad_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    held: Sequence[int] = (0,),
+    parts: int = 1,
 ) -> Iterator[Batch]:
     """The batches of steps `start_step` to `num_steps` − 1, prefetched by Grain's threads; step s is the same from any start.
 
@@ -303,9 +302,9 @@ def make_batches(
     rows (`Order`). A query has one positive drawn from its own and `group_size` − 1 of its negatives without
     repeats; where it has fewer, positives of random other rows of its length group fill up (of the same group, so that
     they fit), never one equal to a positive of its own. Rows are as long as a group's longest query and longest
-    passage need, in `bucket_length`, the same at each step. Each process has the `process_index`-th contiguous slice
-    of each batch's rows. ValueError, before the first batch, for rows longer than the last group, for groups with
-    fewer rows than a batch and for fills that do not exist.
+    passage need, in `bucket_length`, the same at each step. Of the `parts` equal parts of a batch's rows, one after
+    another, come those numbered in `held`. ValueError, before the first batch, for rows longer than the last group, for
+    groups with fewer rows than a batch and for fills that do not exist.
     """
     batches = Batches(
         source,
@@ -313,8 +312,8 @@ def make_batches(
         groups=groups,
         group_size=group_size,
         pad_id=pad_id,
-        process_index=process_index,
-        process_count=process_count,
+        held=held,
+        parts=parts,
     )
     return prefetch(batches, start_step, num_steps)
 

@@ -1,0 +1,362 @@
+"""The unified training step beside FlagEmbedding's own model and loss: forward and backward on the same weights and rows.
+
+Run it as `python tests/benchmarks/train.py [--geometry 4x256] [--queries 4x64] [--passages 16x256]` with the `peer` extra;
+without FlagEmbedding ours is measured alone. Rows are full, because the peer's padding changes its scores; dropout is 0 on both
+sides, self-distillation on, vocabulary 250,002. Each contestant has a process of its own; in each round each takes one step, in
+turns; medians are compared, and both losses printed, which must agree.
+
+Columns: tokens/s of queries and passages; × Flag; GB, peak memory of the process with all that it imports (on a GPU, of the
+device); compile s; GFLOP/s of the encoder, 3 · L · (24 · n · w² + 4 · n² · w) for a text of n tokens forward and backward, and
+of peak, its share of a matrix product's rate in as many bits, measured before and after. What the scores of tokens add
+(2 · 3 · queries · passages · n · n · w for colbert) is counted apart, as colbert.
+
+    --largest LENGTH …   the largest batch (queries × a group of 8) of each length whose step fits into a device's memory, whole
+                         and in sub-batches, by compiling: nothing runs. --memory GB says how much; without it the device's own
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import contestants
+import numpy as np
+from texts import small_tokenizer
+from workers import SPAWN
+
+GROUP = 8  # of --largest; PAPER §3
+TEMPERATURE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is computed: the released directory, rows × length of queries and passages, and how."""
+
+    model: Path
+    queries: tuple[int, int]
+    passages: tuple[int, int]
+    dtype: str
+    sub_batch_tokens: int
+    remat: str
+
+    def ids(self) -> tuple[np.ndarray, np.ndarray]:
+        random = np.random.default_rng(0)
+        given = []
+        for shape in (self.queries, self.passages):
+            ids = random.integers(4, 250_000, shape).astype(np.int32)
+            ids[:, 0], ids[:, -1] = 0, 2
+            given.append(ids)
+        return given[0], given[1]
+
+    @property
+    def tokens(self) -> int:
+        return sum(rows * length for rows, length in (self.queries, self.passages))
+
+
+class Ours:
+    """loss_and_parts and its gradient; the optimiser's update, which the peer does not have here, is left out."""
+
+    def __init__(self, case: Case):
+        import jax
+
+        import m3jax
+        from train.sub_batch import SubBatches, sub_batches_of
+
+        m3 = m3jax.load(case.model, dtype="float32")
+        queries, passages = case.ids()
+        tokens = case.sub_batch_tokens
+        sides = (case.queries, case.passages)
+        parts = SubBatches(*(sub_batches_of(tokens, *side) if tokens else 1 for side in sides))
+        self._given = (
+            jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.devices()[0]), m3.params),
+            batch_of(queries, passages),
+        )
+        start = time.perf_counter()
+        self._step = gradient_of(m3.config, case, parts).lower(*self._given).compile()
+        self.compiling = time.perf_counter() - start
+
+    def step(self) -> tuple[float, float]:
+        import jax
+
+        start = time.perf_counter()
+        (loss, _), gradients = jax.block_until_ready(self._step(*self._given))
+        del gradients
+        return time.perf_counter() - start, float(loss)
+
+    def peak(self) -> int:
+        import jax
+
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or resident()
+
+
+class Peer:
+    """FlagEmbedding's EncoderOnlyEmbedderM3Model with its loss."""
+
+    compiling = 0.0
+
+    def __init__(self, case: Case):
+        from types import SimpleNamespace
+
+        import torch
+        from FlagEmbedding.finetune.embedder.encoder_only.m3.modeling import EncoderOnlyEmbedderM3Model
+        from transformers import XLMRobertaModel
+
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = XLMRobertaModel.from_pretrained(case.model, **without)
+        modules: dict[str, Any] = {"model": model}
+        for head, width in (("sparse_linear", 1), ("colbert_linear", model.config.hidden_size)):
+            modules[head] = torch.nn.Linear(model.config.hidden_size, width)
+            modules[head].load_state_dict(torch.load(case.model / f"{head}.pt", weights_only=True))
+        self._model = EncoderOnlyEmbedderM3Model(
+            modules,
+            tokenizer=SimpleNamespace(cls_token_id=0, pad_token_id=1, eos_token_id=2, unk_token_id=3),
+            temperature=TEMPERATURE,
+            normalize_embeddings=True,
+            unified_finetuning=True,
+            use_self_distill=True,
+            self_distill_start_step=-1,
+        )
+        self._model.to(self._device).train()
+        self._autocast = torch.autocast(self._device, torch.bfloat16, enabled=case.dtype == "bfloat16")
+        ids = [torch.tensor(x, dtype=torch.long, device=self._device) for x in case.ids()]
+        self._given = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+
+    def step(self) -> tuple[float, float]:
+        self._model.zero_grad()
+        start = time.perf_counter()
+        with self._autocast:
+            loss = self._model(*self._given).loss
+        loss.backward()
+        value = loss.item()  # waits for the device's forward pass; the gradients below
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, value
+
+    def peak(self) -> int:
+        if self._device == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        return resident()
+
+
+def resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def batch_of(queries: Any, passages: Any) -> Any:
+    """Full rows, no two passages equal."""
+    from train.data.pipeline import Batch
+
+    columns = np.arange(len(passages), dtype=np.uint32)
+    identity = np.stack([columns, columns], axis=1)
+    known = identity[:: len(passages) // len(queries), None]
+    return Batch(queries, np.ones(queries.shape, bool), passages, np.ones(passages.shape, bool), identity, known)
+
+
+def gradient_of(model: Any, case: Case, parts: Any) -> Any:
+    """The jitted loss, its parts and its gradient, as the training step computes them."""
+    import jax
+    import jax.numpy as jnp
+
+    from configs import base
+    from train.step import loss_and_parts
+
+    config = base.get_config()
+    config.update(dtype=case.dtype, remat=case.remat, temperature=TEMPERATURE, dropout=0.0)
+
+    def loss(params: Any, batch: Any) -> Any:
+        return loss_and_parts(model, config, params, batch, jnp.float32(1), jax.random.key(0), parts)
+
+    def run(params: Any, batch: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return jax.value_and_grad(loss, has_aux=True)(params, batch)
+
+    return jax.jit(run)
+
+
+def serve(connection: Any, make: Any, case: Case) -> None:
+    """Make a contestant, then take a step for each message until None comes."""
+    try:
+        contestant = make(case)
+        contestant.step()
+        connection.send(contestant.compiling)
+        while connection.recv() is not None:
+            connection.send((*contestant.step(), contestant.peak()))
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def product_rate(width: int, dtype: str) -> float:
+    """FLOP/s of a matrix product [4096, width] × [width, 4 · width], sustained for two seconds."""
+    import jax
+    import jax.numpy as jnp
+
+    x, y = (jax.random.normal(jax.random.key(0), s).astype(dtype) for s in ((4096, width), (width, 4 * width)))
+    multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
+    multiply(x, y).block_until_ready()
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 2:
+        multiply(x, y).block_until_ready()
+        count += 1
+    return count * 2 * 4096 * width * 4 * width / (time.perf_counter() - start)
+
+
+def apart(function: Any, *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def compare(case: Case, layers: int, width: int, repeats: int) -> None:
+    makers = {"m3jax": Ours} | ({"FlagEmbedding": Peer} if find_spec("FlagEmbedding") else {})
+    workers, compiling = {}, {}
+    for name, make in makers.items():
+        connection, theirs = SPAWN.Pipe()
+        SPAWN.Process(target=serve, args=(theirs, make, case), daemon=True).start()
+        told = connection.recv()
+        if isinstance(told, str):
+            print(f"not measured: {name}: {told}")
+            continue
+        workers[name], compiling[name] = connection, told
+    rates = [apart(product_rate, width, case.dtype)]
+    taken: dict[str, list[tuple[float, float, int]]] = {name: [] for name in workers}
+    for _ in range(repeats):
+        for name, connection in workers.items():
+            connection.send("step")
+            answer = connection.recv()
+            if isinstance(answer, str):
+                raise SystemExit(f"{name}: {answer}")
+            taken[name].append(answer)
+    rates.append(apart(product_rate, width, case.dtype))
+    for connection in workers.values():
+        connection.send(None)
+    peak = statistics.mean(rates)
+    flops = 3 * layers * sum(
+        rows * (24 * n * width**2 + 4 * n**2 * width) for rows, n in (case.queries, case.passages)
+    )  # fmt: skip
+    (q, i), (p, j) = case.queries, case.passages
+    medians = {name: statistics.median(x for x, _, _ in runs) for name, runs in taken.items()}
+    print(
+        f"encoder {flops / 1e9:.0f} GFLOP a step, colbert's scores {6 * q * p * i * j * width / 1e9:.0f} more; ", end=""
+    )
+    print(f"a matrix product {peak / 1e9:.0f} GFLOP/s ({rates[0] / 1e9:.0f}, {rates[1] / 1e9:.0f})")
+    print("tokens/s  × Flag   spread     GB  compile s  GFLOP/s  of peak       loss  contestant")
+    for name, runs in taken.items():
+        seconds = medians[name]
+        spread = (max(x for x, _, _ in runs) - min(x for x, _, _ in runs)) / seconds
+        ratio = f"{medians['FlagEmbedding'] / seconds:.2f}" if "FlagEmbedding" in medians else "–"
+        print(
+            f"{case.tokens / seconds:8,.0f} {ratio:>7} {spread:7.0%} {max(m for _, _, m in runs) / 1e9:7.2f} "
+            f"{compiling[name]:10.1f} {flops / seconds / 1e9:8.0f} {flops / seconds / peak:8.0%} {runs[0][1]:10.6f}  {name}"
+        )
+
+
+def largest(lengths: list[int], given: argparse.Namespace) -> None:
+    """Compile for more and more queries until a step no longer fits."""
+    import jax
+
+    from m3jax.config import M3Config
+    from m3jax.model import shapes
+    from train.compiled import bytes_of, device_memory
+    from train.sub_batch import SubBatches
+
+    limit = given.memory * 1e9 if given.memory else device_memory()
+    model = M3Config(
+        hidden_size=given.width,
+        num_hidden_layers=given.layers,
+        num_attention_heads=given.width // 64,
+        intermediate_size=4 * given.width,
+        colbert_dim=given.width,
+    )
+    state = 2 * sum(
+        x.size * 4 for x in jax.tree.leaves(shapes(model))
+    )  # AdamW's moments, which this step does not hold
+
+    def fits(count: int, length: int, parts: SubBatches) -> bool:
+        rows = [jax.ShapeDtypeStruct((n, m), np.int32) for n, m in ((count, min(length, 512)), (count * GROUP, length))]
+        case = Case(Path(), rows[0].shape, rows[1].shape, given.dtype, 0, given.remat)
+        batch = jax.eval_shape(lambda *x: batch_of(*x), *rows)
+        program = gradient_of(model, case, parts).lower(shapes(model), batch).compile()
+        return bytes_of(program) + state <= limit
+
+    print(f"largest batch of queries with {GROUP} passages each, in {limit / 1e9:.0f} GB, remat {given.remat!r}")
+    print("length   whole   in sub-batches of one row", flush=True)
+    for length in lengths:
+        found = []
+        for whole in (True, False):
+            low, high = 0, 1
+            while fits(high, length, SubBatches(1, 1) if whole else SubBatches(high, high * GROUP)):
+                low, high = high, 2 * high
+            while high - low > max(1, low // 16):
+                middle = (low + high) // 2
+                parts = SubBatches(1, 1) if whole else SubBatches(middle, middle * GROUP)
+                low, high = (middle, high) if fits(middle, length, parts) else (low, middle)
+            found.append(low)
+        print(f"{length:6,} {found[0]:7,} {found[1]:9,}", flush=True)
+
+
+def shape(text: str) -> tuple[int, int]:
+    first, second = map(int, text.split("x"))
+    return first, second
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", type=shape, default=(4, 256), help="layers x width; heads of 64")
+    parser.add_argument("--queries", type=shape, default=(4, 64), help="rows x tokens")
+    parser.add_argument("--passages", type=shape, default=(16, 256), help="rows x tokens")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--remat", default="none", help="as in configs/base.py; ours only")
+    parser.add_argument("--sub_batch_tokens", type=int, default=0, help="ours only; 0 is the whole batch at once")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--largest", type=int, nargs="+", metavar="LENGTH")
+    parser.add_argument("--memory", type=float, metavar="GB")
+    given = parser.parse_args()
+    given.layers, given.width = given.geometry
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too
+    _, device = apart(contestants.backend)
+    print(f"{given.layers} × {given.width}, {given.dtype}, {device}, {len(os.sched_getaffinity(0))} cores")
+    if given.largest:
+        largest(given.largest, given)
+        return
+    with tempfile.TemporaryDirectory() as work:
+        model, tokenizer = Path(work) / "model", Path(work) / "tokenizer.json"
+        small_tokenizer(tokenizer)
+        apart(make_full_vocabulary, model, tokenizer, given.layers, given.width)
+        case = Case(model, given.queries, given.passages, given.dtype, given.sub_batch_tokens, given.remat)
+        compare(case, given.layers, given.width, given.repeats)
+
+
+def make_full_vocabulary(model: Path, tokenizer: Path, layers: int, width: int) -> None:
+    """A released directory of random weights with XLM-R's number of terms, whatever the tokenizer has."""
+    import jax
+
+    import m3jax
+    from m3jax.config import M3Config
+    from m3jax.model import init
+
+    config = M3Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        colbert_dim=width,
+    )
+    m3jax.save(m3jax.M3(config, init(config, jax.random.key(0)), m3jax.Tokenizer.from_file(tokenizer)), model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Runs on two real processes, with two devices each, beside a run on one: metrics, files, going on from a checkpoint."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
+
+import numpy as np
+
+import m3jax
+from tests.e2e.small_run import SIZES, TRAINING, write_set
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tiny_tokenizer_json):
+    directory = tmp_path_factory.mktemp("data")
+    write_set(directory, tiny_tokenizer_json)
+    return directory
+
+
+def flags(data, output, **changes):
+    keys = {f"model.{name}": value for name, value in SIZES.items()} | TRAINING
+    keys |= {"tokenizer": data / "tokenizer.json", "output": output, "data.folder": output.parent / "prepared"}
+    keys |= {f"data.{name}": data / path for name, path in (("train", "train.jsonl"), ("dev", "dev"), ("test", "test"))}
+    keys |= {"dropout": 0.1, "example.language": "Swahili"} | changes
+    return [f"--config.{key}={value}" for key, value in keys.items()]
+
+
+def start(arguments, devices):
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, "-m", "train.main", "--config", str(ROOT / "configs/base.py"), *arguments]
+    return subprocess.Popen(
+        command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def finished(*processes):
+    done = [process.communicate(timeout=600) for process in processes]
+    for process, (out, error) in zip(processes, done, strict=True):
+        assert process.returncode == 0, out[-2000:] + error[-3000:]
+    # Gloo, which carries what CPUs send each other, says on stdout that it is there.
+    return ["".join(line for line in out.splitlines(True) if "[Gloo]" not in line) for out, _ in done]
+
+
+def on_two(data, output, **changes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = [flags(data, output, distributed=f"127.0.0.1:{port},2,{index}", **changes) for index in (0, 1)]
+    return finished(*(start(one, devices=2) for one in given))
+
+
+def losses(output):
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "loss", "gradient_norm", "dev/all/ndcg_at_10")
+    return [{name: row[name] for name in kept if name in row} for row in rows]
+
+
+def assert_same(one, other):
+    assert [set(row) for row in one] == [set(row) for row in other]
+    for a, b in zip(one, other, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "run"
+    finished(start(flags(data, output), devices=1))
+    return output
+
+
+def test_two_processes_train_as_one(data, alone, tmp_path):
+    output = tmp_path / "run"
+    first, second = on_two(data, output, **{"mesh.fsdp": 2})
+    assert_same(losses(output), losses(alone))
+    assert "compiling for 4 queries" in first and "report" in first and second == ""
+    assert {path.name for path in output.iterdir()} == {path.name for path in alone.iterdir()} | {"log-1.txt"}
+    model, expected = m3jax.load(output / "model"), m3jax.load(alone / "model")
+    given = [m3jax.encode(m3, ["sun and moon"]).dense_vecs for m3 in (model, expected)]
+    np.testing.assert_allclose(*given, atol=1e-4)
+
+
+def test_what_two_began_one_ends_and_the_reverse(data, alone, tmp_path):
+    """The last checkpoint is taken away, as after a kill; other processes and another mesh go on."""
+    output = tmp_path / "run"
+    on_two(data, output)
+    (output / "checkpoints/4").rename(tmp_path / "4")
+    (said,) = finished(start(flags(data, output), devices=1))
+    assert "going on after step 2" in said
+    assert_same(losses(output), losses(alone))
+    (output / "checkpoints/4").rename(tmp_path / "4 again")
+    said, _ = on_two(data, output, **{"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2})
+    assert "going on after step 2" in said
+    assert_same(losses(output), losses(alone))

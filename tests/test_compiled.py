@@ -1,0 +1,62 @@
+"""The search for sub-batches that fit, on programs that only say what memory they take."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("optax", reason="training needs the train extra")
+
+from train.compiled import bytes_of, device_memory, fitting
+from train.sub_batch import SubBatches
+
+QUERIES, PASSAGES = (16, 8), (64, 128)  # a device's rows and their length
+FIXED, TOKEN = 1000, 10  # bytes
+
+
+def compiler(tried, fixed=FIXED):
+    """Programs whose memory is `fixed` and TOKEN for each token of the larger part."""
+
+    def compile(parts):
+        tried.append(parts)
+        part = max(QUERIES[0] // parts.queries * QUERIES[1], PASSAGES[0] // parts.passages * PASSAGES[1])
+        sizes = SimpleNamespace(
+            argument_size_in_bytes=fixed // 2,
+            output_size_in_bytes=fixed // 2,
+            alias_size_in_bytes=fixed // 2,
+            temp_size_in_bytes=fixed // 2 + TOKEN * part,
+        )
+        return SimpleNamespace(memory_analysis=lambda: sizes)
+
+    return compile
+
+
+@pytest.mark.parametrize(
+    ("limit", "passages"), [(1e9, 1), (83_000, 1), (82_000, 2), (41_000, 4), (6_500, 16), (2_300, 64)]
+)
+def test_the_fewest_that_fit_or_nearly(limit, passages):
+    tried = []
+    program, parts, used = fitting(compiler(tried), queries=QUERIES, passages=PASSAGES, tokens=0, limit=limit)
+    assert used == bytes_of(program) <= limit and parts == tried[-1]
+    assert parts.passages in (passages, 2 * passages) and len(tried) <= 3
+    assert tried[0] == SubBatches(1, 1)
+
+
+def test_a_given_number_of_tokens_is_taken():
+    tried = []
+    _, parts, _ = fitting(compiler(tried), queries=QUERIES, passages=PASSAGES, tokens=256, limit=1.0)
+    assert parts == SubBatches(1, 32) and tried == [parts]
+
+
+def test_what_no_sub_batch_makes_fit():
+    with pytest.raises(
+        ValueError, match=r"16 queries × 8 and 64 passages × 128 a device takes 0\.0 GB; lower the batch"
+    ):
+        fitting(compiler([]), queries=QUERIES, passages=PASSAGES, tokens=0, limit=2_000)
+
+
+def test_a_real_program_and_this_machine():
+    program = jax.jit(lambda x: (jnp.sin(x), x.sum())).lower(jnp.zeros((1000,))).compile()
+    assert 8000 <= bytes_of(program) < 20_000
+    assert 1e9 < device_memory() < 1e13

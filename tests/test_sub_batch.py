@@ -1,0 +1,148 @@
+"""Sub-batches beside the whole batch: values, gradients with dropout, what is kept, and whose rows a device computes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.sub_batch import encode_in, sub_batches_of
+
+ROOT = Path(__file__).parents[1]
+
+
+def encode(weights, x):
+    """A row's result depends on that row alone."""
+    hidden = jnp.tanh(x @ weights)
+    return {"sum": hidden.sum(axis=1), "hidden": jnp.sin(hidden)}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_rows_come_back_in_their_order(count):
+    weights, x = (np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((5, 4), (6, 5)))
+
+    def results(weights, x, parts):
+        return encode_in(parts, lambda rows: encode(weights, rows), x)
+
+    def loss(weights, x, parts):
+        found = results(weights, x, parts)
+        return (found["sum"] * jnp.arange(6)).sum() + (found["hidden"] ** 2).sum()
+
+    whole, parts = results(weights, x, 1), results(weights, x, count)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), parts, whole)
+    expected, got = (jax.grad(loss, (0, 1))(weights, x, n) for n in (1, count))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_only_results_and_rows_are_kept():
+    weights, x = jnp.ones((5, 400)), jnp.ones((60, 5))
+
+    def kept(parts):
+        residuals = jax.eval_shape(
+            lambda w: jax.vjp(lambda w: encode_in(parts, lambda rows: encode(w, rows)["sum"], x), w)[1], weights
+        )
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    assert kept(1) >= 60 * 400 > 10 * kept(6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "length", "expected"),
+    [
+        (100, 10, 10, 1),
+        (99, 10, 10, 2),
+        (20, 10, 10, 5),
+        (30, 10, 10, 5),
+        (10, 10, 10, 10),
+        (1, 10, 10, 10),
+        (1, 7, 3, 7),
+    ],
+)
+def test_how_many(tokens, rows, length, expected):
+    assert sub_batches_of(tokens, rows, length) == expected
+
+
+EIGHT = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from configs import base
+from m3jax.config import M3Config
+from m3jax.model import apply, cast, init
+from m3jax.sharding import BATCH, make_mesh, shardings
+from train.data.pipeline import Batch
+from train.step import loss_and_parts
+from train.sub_batch import SubBatches, encode_in
+
+assert jax.device_count() == 8
+model = M3Config.tiny(num_hidden_layers=2, hidden_size=32, intermediate_size=64, vocab_size=40, colbert_dim=8)
+params = init(model, jax.random.key(0))
+settings = base.get_config()
+settings.update(dropout=0.2, temperature=0.1, remat="none")
+random = np.random.default_rng(0)
+
+def texts(count, length):
+    ids = random.integers(4, 40, (count, length)).astype(np.int32)
+    ids[:, 0] = 0
+    mask = np.arange(length) < random.integers(3, length + 1, (count, 1))
+    return np.where(mask, ids, 1), mask
+
+ROWS, GROUP, LENGTH = 16, 2, 24
+passages = ROWS * GROUP
+identity = random.integers(2**32, size=(passages, 2), dtype=np.uint32)
+batch = Batch(*texts(ROWS, 8), *texts(passages, LENGTH), identity, identity[::GROUP, None])
+
+def run(mesh, parts):
+    def loss(params, batch):
+        return loss_and_parts(model, settings, params, batch, jnp.float32(1), jax.random.key(1), parts)[0]
+
+    places, rows = shardings(params, mesh), NamedSharding(mesh, BATCH)
+    step = jax.jit(jax.value_and_grad(loss), in_shardings=(places, rows), out_shardings=(None, places))
+    with jax.set_mesh(mesh):
+        return step(params, batch)
+
+one, one_gradients = run(make_mesh(devices=jax.devices()[:1]), SubBatches(1, 1))
+scale = max(np.abs(x).max() for x in jax.tree.leaves(one_gradients))
+for sizes, parts in (((1, 1, 1), (4, 8)), ((8, 1, 1), (1, 1)), ((8, 1, 1), (2, 4)), ((2, 2, 2), (2, 4))):
+    count = sizes[0] * sizes[1] * sizes[2]
+    value, gradients = run(make_mesh(*sizes, devices=jax.devices()[:count]), SubBatches(*parts))
+    np.testing.assert_allclose(value, one, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), gradients, one_gradients)
+    print("equal on", sizes, "in", parts)
+
+# A device's share of the work, counted in the compiled program (which counts the body of a loop once).
+def work(mesh, split):
+    def total(params, ids):
+        def encode(ids):
+            return apply(model, params, ids, ids != 1, remat="all").dense
+        return (split(4, encode, ids) ** 3).sum()
+
+    given = jax.eval_shape(lambda: init(model, jax.random.key(0))), jax.ShapeDtypeStruct((passages, LENGTH), jnp.int32)
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(total), in_shardings=(whole, rows)).lower(*given).compile()
+    return program.cost_analysis()["flops"]
+
+def row_major(count, encode, ids):
+    parts = jax.lax.map(jax.checkpoint(encode), ids.reshape(count, -1, ids.shape[1]))
+    return parts.reshape(-1, parts.shape[-1])
+
+alone, eight = (make_mesh(devices=jax.devices()[:n]) for n in (1, 8))
+share = work(eight, encode_in) / work(alone, encode_in)
+assert share < 0.2, share
+assert work(eight, row_major) / work(alone, row_major) > 2 * share  # what this would look like
+print("share of a device", share)
+"""
+
+
+def test_on_eight_devices_as_on_one_and_each_computes_its_own_rows():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
