@@ -30,33 +30,24 @@ from m3jax.sharding import make_mesh
 from train import Config
 from train.checkpoints import Checkpoints
 from train.console import describe, say
-from train.data.builders import prepare
-from train.data.pipeline import Batch, make_batches
+from train.data.pipeline import Batch, Batches, prefetch
 from train.evaluate import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
+from train.objective import hybrid_weights, loss_arguments
 from train.optimizer import learning_rate, make_optimizer
 from train.release import card_of_run
 from train.report import write_report
-from train.start import check, length_groups, listed, path_of, read_sets, start_model
+from train.start import check, length_groups, listed, path_of, read_rows, read_sets, start_model
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
 from train.tasks import Task
 
 # A run goes on only with these as it began, and with the same data: all but how often it is looked at and where.
 _KEPT = (
-    *("seed", "init_from", "length_groups", "group_size", "steps", "learning_rate", "warmup", "weight_decay", "clip"),
-    *(
-        "adam_b1",
-        "adam_b2",
-        "adam_eps",
-        "temperature",
-        "hybrid_weights",
-        "loss_weights",
-        "distill_start",
-        "dropout",
-        "dtype",
-    ),
+    *("seed", "init_from", "length_groups", "group_size", "shuffle_segments", "steps", "learning_rate", "warmup"),
+    *("weight_decay", "clip", "adam_b1", "adam_b2", "adam_eps", "temperature", "objective", "hybrid_weights"),
+    *("loss_weights", "teacher", "teacher_temperature", "distill_start", "dropout", "dtype"),
 )
 
 
@@ -72,18 +63,23 @@ def train(config: Config) -> dict[str, Any]:
     clock = _Clock()
     dev, tests = read_sets(config)
     m3 = start_model(config)
-    source = prepare(
-        [path_of(config, path) for path in listed(config.data.train)],
-        m3.tokenizer,
-        data_dir=config.data.folder,
-        query_max_length=config.query_max_length,
-        passage_max_length=config.passage_max_length,
-    )
+    source = read_rows(config, m3.tokenizer)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    groups = length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    batches = Batches(
+        source,
+        seed=config.seed,
+        groups=length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"]),
+        group_size=config.group_size,
+        pad_id=m3.tokenizer.pad_id,
+        same_dataset=config.data.same_dataset,
+        weights=config.data.weights,
+        shuffle_segments=config.shuffle_segments,
+    )
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
-    settings = {key: config[key] for key in _KEPT} | {"data": source.name}
+    kept = {key: config[key] for key in _KEPT} | {key: config.data[key] for key in ("same_dataset", "weights")}
+    kept |= {"hybrid_weights": hybrid_weights(config), "loss_weights": loss_arguments(config)["loss_weights"]}
+    settings = kept | {"data": source.name}
     optimizer = make_optimizer(config)
     with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
         saved.check(m3.config)  # before anything is written
@@ -95,17 +91,8 @@ def train(config: Config) -> dict[str, Any]:
             state = saved.restore(state)
             say(f"going on after step {first}")
         log = _Log(run / "metrics.jsonl", after=first)
-        batches = make_batches(
-            source,
-            seed=config.seed,
-            groups=groups,
-            group_size=config.group_size,
-            start_step=first,
-            num_steps=config.steps,
-            pad_id=m3.tokenizer.pad_id,
-        )
         step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
-        for done, now in _steps(config, step, state, batches, first, log):
+        for done, now in _steps(config, step, state, prefetch(batches, first, config.steps), first, log):
             state = now
             if dev and _at(config.evaluate_every, done, config):
                 clock.lap("train")
@@ -122,7 +109,6 @@ def train(config: Config) -> dict[str, Any]:
         "parameters": sum(x.size for x in jax.tree.leaves(trained.params)),
         "rows": len(source),
     }
-    kept = {key: config[key] for key in _KEPT}
     # The model is there before it is measured, which may take longer or fail; its card says how good it is in the end.
     m3jax.save(trained, run / "model", card=card_of_run(trained.config, known, kept))
     evaluations = [_evaluate(config, trained, task, "trained") for task in tests]

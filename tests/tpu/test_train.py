@@ -50,6 +50,9 @@ def test_a_step_compiles_with_the_kernels_forward_and_backward(chip, tpu_mesh, r
         rows(ROWS * GROUP, LENGTH, dtype=jnp.bool_),
         rows(ROWS * GROUP, 2, dtype=jnp.uint32),
         rows(ROWS, POSITIVES, 2, dtype=jnp.uint32),
+        rows(ROWS * GROUP, dtype=jnp.bool_),
+        rows(ROWS, dtype=jnp.bool_),
+        rows(ROWS, GROUP, dtype=jnp.float32),
     )
     step = make_step(MODEL, config, optimizer, mesh, state)  # makes its PRNG key, which a mesh without devices cannot
     start = time.perf_counter()
