@@ -75,7 +75,10 @@ TRAINING = {
     "save_every": 2,
     "keep_checkpoints": 2,
 }
-_COMPILED_IN = ("seed", "steps", "warmup", "learning_rate", "distill_start", "temperature", "length_groups", "dropout")
+_COMPILED_IN = (
+    *("seed", "steps", "warmup", "learning_rate", "distill_start", "temperature", "length_groups", "dropout"),
+    *("objective", "teacher"),
+)
 
 
 def write(path, rows):
@@ -353,6 +356,33 @@ def test_an_interrupted_run_goes_on(ran, configured, steps, tmp_path, at):
     assert without_times(resumed) == without_times(results)
     in_order = sorted(metrics(run, timeless=True), key=lambda row: (row["step"], "loss" in row))
     assert sorted(metrics(tmp_path / "run", timeless=True), key=lambda row: (row["step"], "loss" in row)) == in_order
+
+
+def test_datasets_types_and_a_teacher(data, configured, tmp_path):
+    """Two datasets, one without in-batch negatives and with scores; what the keys say arrives at the batches and the loss."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    scored = [row | {"type": "only_1neg", "pos_scores": [2.0], "neg_scores": [1.0]} for row in rows[:8]]
+    sets = (data / "train.jsonl", write(tmp_path / "scored_no_in_batch_neg.jsonl", scored))
+    changes = {
+        **{"data.train": ",".join(map(str, sets)), "data.weights": (1.0, 3.0), "data.test": "", "data.dev": ""},
+        **{"objective": "v1", "teacher": "sequential", "shuffle_segments": 0.5, "steps": 6, "distill_start": 0},
+    }
+    with pytest.warns(UserWarning, match="12 of 20 rows have no pos_scores"):
+        results = train.loop.train(configured(tmp_path / "run", **changes))
+    assert results["rows"] == 20
+    rows = metrics(tmp_path / "run")
+    names = ("dense", "sparse", "colbert", "hybrid")
+    taught = [row for row in rows if row["teacher/dense"] > 0]
+    assert len(rows) == 6 and 3 <= len(taught) < 6  # three steps of the first dataset in nine
+    for row in rows:
+        assert all((row[f"loss/{name}"] == 0) == (row in taught) for name in names)
+        plain = sum(row[f"loss/{name}"] + row[f"teacher/{name}"] for name in names) / 4
+        assert row["loss"] == pytest.approx(plain + sum(row[f"distill/{name}"] for name in names[:3]) / 3, rel=1e-5)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    for setting in ("objective", "teacher", "weights", "same_dataset", "shuffle_segments"):
+        assert setting in card
+    with pytest.raises(ValueError, match=r"weights was \[1.0, 3.0\], is \[1.0, 2.0\]"):
+        train.loop.train(configured(tmp_path / "run", **changes | {"data.weights": (1.0, 2.0)}))
 
 
 # Texts that are cut elsewhere are other data: rows may move to other length groups.
