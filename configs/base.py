@@ -29,8 +29,11 @@ def get_config() -> ConfigDict:
     config.tokenizer = ""  # a tokenizer.json, for random weights; "" is the demo's own where data.train is "cldr"
 
     config.data = ConfigDict()
-    # JSONL files {"query", "pos", "neg"} or folders of them, separated by commas; "cldr" is the embedded demo set.
+    # JSONL files {"query", "pos", "neg"} or folders of them, separated by commas, each a dataset; "cldr" is the embedded demo
+    # set. Rows of a dataset whose name ends in no_in_batch_neg are trained on their own passages alone.
     config.data.train = ""
+    config.data.same_dataset = True  # the rows of a batch are of one dataset; FlagEmbedding's script for M3
+    config.data.weights = ()  # of the datasets, in order: how often each row comes in a round of all; () is once
     config.data.dev = ""  # a folder {corpus, test_queries, test_qrels}.jsonl, measured during training; "" is none
     config.data.test = ""  # such folders, separated by commas, measured after training; "" is none
     config.data.folder = "runs/data"  # where tokenised rows are kept between runs
@@ -42,6 +45,8 @@ def get_config() -> ConfigDict:
         (500, 1152), (1000, 768), (2000, 480), (3000, 432), (4000, 336), (5000, 336), (6000, 288), (7000, 240), (8192, 192),
     )  # fmt: skip
     config.group_size = 8  # passages a query: 1 positive, the others negatives; PAPER §3
+    # The probability that a passage of 32 tokens or more has its thirds in a random order; PAPER §3, stage 2: 0.002.
+    config.shuffle_segments = 0.0
 
     # Tokens of queries or passages that a device encodes at a time; larger batches go through in equal parts, with the exact
     # gradients of the whole. 0: as many as its memory holds, found by compiling, for each length group.
@@ -69,8 +74,14 @@ def get_config() -> ConfigDict:
     config.adam_b2 = 0.999
     config.adam_eps = 1e-8
     config.temperature = 0.02  # PAPER §2
-    config.hybrid_weights = (1.0, 0.3, 1.0)  # w of dense, sparse, colbert in the loss, not in measuring; PAPER §2, v4
-    config.loss_weights = (1.0, 0.1, 1.0)  # λ of dense, sparse, colbert; PAPER §2, v4
+    # PAPER §2: "v4", or "v1", whose weights are all 1 and which adds L and L' in place of averaging them.
+    config.objective = "v4"
+    config.hybrid_weights = ()  # w of dense, sparse, colbert in the loss, not in measuring; () is (1, 0.3, 1), in v1 all 1
+    config.loss_weights = ()  # λ of dense, sparse, colbert; () is (1, 0.1, 1), in v1 all 1
+    # Rows' pos_scores and neg_scores: "" leaves them, "group" adds a soft cross-entropy on the row's own passages, and
+    # "sequential" has each passage beat those that the teacher puts below it (FlagEmbedding's kl_div and m3_kd_loss).
+    config.teacher = ""
+    config.teacher_temperature = 1.0  # the scores are divided by it; FlagEmbedding
     config.distill_start = 6000  # the step at which self-distillation starts, -1 is never; PAPER §2
     config.dropout = 0.0  # on hidden states only: fused attention has none (the reference trains with 0.1 on both)
     config.dtype = "float32"  # of the matrix products: "float32" or "bfloat16"; parameters and sums are float32

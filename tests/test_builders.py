@@ -1,6 +1,9 @@
 import gzip
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,9 @@ pytest.importorskip("tensorflow_datasets")
 
 from train.data import builders
 from train.data.builders import prepare
+from train.data.rows import TYPES
 
+ROOT = Path(__file__).parents[1]
 ROWS = [
     {"query": "where does the fox live", "pos": ["the fox lives in the forest"], "neg": ["a dog", "a cat", "a house"]},
     {"query": "paris", "pos": ["paris is the capital", "la ville de paris"], "neg": []},
@@ -68,6 +73,7 @@ def test_lengths_stand_beside(prepared):
     assert source.passage_lengths.tolist() == [max(map(len, row.passages)) for row in rows]
     assert source.positives.tolist() == [1, 2, 1, 1]
     assert source.negatives.tolist() == [3, 0, 0, 0]
+    assert source.kinds.tolist() == [0, 0, 0, 0]
 
 
 def test_many_rows_keep_their_order(prepared, tmp_path, tiny_tokenizer, monkeypatch):
@@ -92,8 +98,8 @@ def test_folders_and_gz(prepared, tmp_path):
 
 def test_prepared_once_until_something_changes(prepared, tmp_path, monkeypatch):
     calls = []
-    check = builders._check
-    monkeypatch.setattr(builders, "_check", lambda files: (calls.append(1), check(files)))
+    check = builders.check_files
+    monkeypatch.setattr(builders, "check_files", lambda files: (calls.append(files), check(files)))
     path = write(tmp_path / "rows.jsonl", ROWS)
     first = prepared(path)
     again = prepared(path)
@@ -135,66 +141,66 @@ def test_texts_cut_are_counted_in_one_warning_every_time(prepared, tiny_tokenize
     assert source.query_lengths.max() == 8 and source.passage_lengths.max() == 12
 
 
-def test_scores_and_equal_negatives_are_counted(prepared, tmp_path):
+def test_scores_stay_with_their_passages(prepared, tmp_path):
+    scores = {"pos_scores": [1], "neg_scores": [0.5, 2, 3, -7]}
     rows = [
-        {
-            "query": "q",
-            "pos": ["a fox"],
-            "neg": ["a dog", "a  fox", "a dog"],
-            "pos_scores": [1],
-            "neg_scores": [0.5, 2, 3],
-        },
-        {"query": "q", "pos": ["a fox"], "neg": ["a dog"], "neg_scores": [1e-3]},
-        {"query": "q", "pos": ["a fox"], "neg": ["a dog"]},
+        {"query": "q", "pos": ["a fox"], "neg": ["a dog", "a  fox", "a dog", "a cat"]} | scores,
+        {"query": "q", "pos": ["a fox", "fox"], "pos_scores": [0.25, 1e-3]},
+        {"query": "q", "pos": ["a fox"], "neg": ["a dog"], "pos_scores": None, "neg_scores": None},
+        {"query": "q", "pos": ["a fox"], "neg": [], "neg_scores": []},
     ]
     with pytest.warns(UserWarning) as caught:
         source = prepared(write(tmp_path / "rows.jsonl", rows))
     messages = [str(w.message) for w in caught if w.category is UserWarning]
-    assert len(messages) == 2
-    assert messages[0].startswith("2 rows carry pos_scores or neg_scores")
-    assert messages[1].startswith("2 negatives are left out")
-    assert source.negatives.tolist() == [1, 1, 1]
+    assert len(messages) == 1 and messages[0].startswith("2 negatives are left out")
+    assert source.negatives.tolist() == [2, 0, 1, 0] and source.counts["rows_with_scores"] == 2
+    found = [row.scores for row in source.rows(range(4))]
+    expected = [[1, 0.5, -7], [0.25, 1e-3], [-np.inf, -np.inf], [-np.inf]]
+    assert [x.tolist() for x in found] == [np.float32(x).tolist() for x in expected]
+    assert all(x.dtype == np.float32 for x in found)
 
 
-BAD_LINES = [
-    ("{", r"must be one JSON object; Expecting .* at character 2"),
-    ("[1]", r"must be one JSON object; \[1\] came"),
-    ('{"query": "q"}', "the field `pos` is required; the row has query"),
-    ('{"pos": ["p"]}', "the field `query` is required"),
-    ('{"query": " ", "pos": ["p"]}', '`query` must be a non-empty str; " " came'),
-    ('{"query": 3, "pos": ["p"]}', "`query` must be a non-empty str; 3 came"),
-    ('{"query": "q", "pos": []}', r"`pos` must be a non-empty list of non-empty str; \[\] came"),
-    ('{"query": "q", "pos": "p"}', '`pos` must be a non-empty list of non-empty str; "p" came'),
-    ('{"query": "q", "pos": ["p", ""]}', r'`pos\[1\]` must be a non-empty str; "" came'),
-    ('{"query": "q", "pos": ["p"], "neg": "n"}', '`neg` must be a list of str; "n" came'),
-    ('{"query": "q", "pos": ["p"], "neg": ["n", 1]}', r"`neg\[1\]` must be a str; 1 came"),
-    ('{"query": "q", "pos": ["p"], "prompt": 1}', "`prompt` must be a str; 1 came"),
-    ('{"query": "q", "pos": ["p"], "type": "only_1neg"}', 'rows of `type` "normal" only; "only_1neg" came'),
-    ('{"query": "q", "pos": ["p"], "pos_scores": [1, 2]}', "one number for each of 1 texts; 2 came"),
-    ('{"query": "q", "pos": ["p"], "pos_scores": ["1"]}', r'`pos_scores` must be a list of numbers; \["1"\] came'),
-    ('{"query": "q", "pos": ["p"], "neg_scores": [1]}', "one number for each of 0 texts; 1 came"),
-    ('{"query": "q", "pos": ["p"], "negs": []}', "unknown field `negs`. Did you mean `neg`?"),
-    ('{"query": "q", "pos": ["p"], "id": 7}', "unknown field `id`. Known fields: query, pos, neg"),
-    ('{"query": "q \\ud800", "pos": ["p"]}', r"valid Unicode; lone surrogate '\\ud800' came"),
-]
+def test_peer_2_1_a_row_without_a_prompt_has_none(prepared, tmp_path, tiny_tokenizer):
+    """PEER §2.1: there, with batches of one dataset, the query is trained as "None" + text."""
+    rows = [{"query": "the fox", "pos": ["a"]}, {"query": "the fox", "pos": ["a"], "prompt": None}]
+    expected = tiny_tokenizer.encode(["the fox"])[0][0].tolist()
+    assert [row.query.tolist() for row in prepared(write(tmp_path / "rows.jsonl", rows)).rows([0, 1])] == [expected] * 2
 
 
-@pytest.mark.parametrize(("line", "message"), BAD_LINES)
-def test_bad_row(prepared, tmp_path, line, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"bad\.jsonl:2: .*{message}"):
-        prepared(path)
+def test_types_say_where_the_prompt_goes(prepared, tmp_path, tiny_tokenizer):
+    row = {"query": "the fox", "pos": ["a dog"], "neg": ["a cat"], "prompt": "what is "}
+    rows = [row | {"type": kind} for kind in TYPES]
+    source = prepared(write(tmp_path / "rows.jsonl", rows))
+    assert source.kinds.tolist() == [0, 1, 2, 3, 4]
+    for kind, got in zip(TYPES, source.rows(range(5)), strict=True):
+        before = "what is " if kind in ("symmetric_sts", "symmetric_clustering") else ""
+        expected, _ = tiny_tokenizer.encode(["what is the fox", before + "a dog", before + "a cat"])
+        assert [ids.tolist() for ids in (got.query, *got.passages)] == [ids.tolist() for ids in expected]
 
 
-def test_bad_bytes(prepared, tmp_path):
-    (tmp_path / "bad.jsonl").write_bytes(b'{"query": "\xff"}')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:1: must be UTF-8; byte 11 is not"):
-        prepared(tmp_path / "bad.jsonl")
-    whole = gzip.compress(json.dumps(ROWS[0]).encode() * 50)
-    (tmp_path / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"half\.jsonl\.gz: not a whole gzip file"):
-        prepared(tmp_path / "half.jsonl.gz")
+def test_datasets_are_prepared_each_by_itself(prepared, tmp_path, monkeypatch):
+    calls = []
+    check = builders.check_files
+    monkeypatch.setattr(builders, "check_files", lambda files: (calls.append([f.name for f in files]), check(files)))
+    (tmp_path / "b_no_in_batch_neg").mkdir()
+    one = write(tmp_path / "a.jsonl", ROWS[:1])
+    write(tmp_path / "b_no_in_batch_neg" / "x.jsonl", ROWS[1:2])
+    write(tmp_path / "b_no_in_batch_neg" / "y.jsonl", ROWS[2:])
+    two = tmp_path / "b_no_in_batch_neg"
+    alone = prepared(one)
+    both = prepared(one, two)
+    turned = prepared(two, one)
+    assert calls == [["a.jsonl"], ["x.jsonl", "y.jsonl"]]
+    assert both.datasets == [(str(one), 1, False), (str(two), 3, True)]
+    assert both.positives.tolist() == [1, 2, 1, 1] and turned.positives.tolist() == [2, 1, 1, 1]
+    assert len(alone) == 1 and len(both) == len(turned) == 4
+    assert both.counts["rows"] == 4 and both.counts["passages"] == 8
+    order = [3, 0, 1, 0, 2]
+    assert [row.query.tolist() for row in both.rows(order)] == [both.rows([i])[0].query.tolist() for i in order]
+    assert [row.query.tolist() for row in turned.rows([3, 0])] == [row.query.tolist() for row in both.rows([0, 1])]
+    renamed = two.rename(tmp_path / "b")
+    assert len({source.name for source in (alone, both, turned, prepared(one, renamed))}) == 4
+    assert len(calls) == 2
 
 
 def test_all_first_errors_at_once_and_nothing_prepared(prepared, tmp_path):
@@ -213,16 +219,41 @@ def test_all_first_errors_at_once_and_nothing_prepared(prepared, tmp_path):
     assert str(error.value).count("b.jsonl:") == 10
 
 
-def test_bad_paths(prepared, tmp_path, tiny_tokenizer):
-    (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"none: the folder holds no \*\.jsonl"):
-        prepared(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"lost\.jsonl: no such file"):
-        prepared(tmp_path / "lost.jsonl")
-    write(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"rows\.jsonl: named twice"):
-        prepared(tmp_path / "rows.jsonl", tmp_path)
-    with pytest.raises(ValueError, match="one path came"):
-        prepare("x", tiny_tokenizer, data_dir=tmp_path, query_max_length=9, passage_max_length=9)
-    with pytest.raises(ValueError, match="no training files"):
-        prepare([], tiny_tokenizer, data_dir=tmp_path, query_max_length=9, passage_max_length=9)
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+PROCESS = """
+import sys
+from pathlib import Path
+from m3jax.tokenization import Tokenizer
+from train.data import builders
+folder, index = Path(sys.argv[1]), int(sys.argv[2])
+tokenise = builders._encode
+builders._encode = lambda *given: ((folder / f"tokenised-by-{index}").touch(), tokenise(*given))[1]
+source = builders.prepare(
+    [folder / "a.jsonl", folder / "b.jsonl"], Tokenizer.from_file(folder / "tokenizer.json"), data_dir=folder / "data",
+    query_max_length=64, passage_max_length=64, process_index=index,
+)
+print(source.name, len(source), [row.query.tolist() for row in source.rows(range(len(source)))])
+"""
+
+
+def test_one_process_prepares_and_the_others_wait(tmp_path, tiny_tokenizer_json):
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "b.jsonl", ROWS[::-1])
+    (tmp_path / "tokenizer.json").write_text(tiny_tokenizer_json, encoding="utf-8")
+    # sys.executable: the interpreter's own packages, from the root where the programs are.
+    run = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    with subprocess.Popen([*run, "1"], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
+        assert other.stdout is not None
+        try:
+            said = other.stdout.readline()
+            assert "waiting for process 0 to prepare the training rows" in said and str(tmp_path / "data") in said
+            assert not list(tmp_path.rglob("*.array_record*"))
+            first = subprocess.run([*run, "0"], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+            rest, _ = other.communicate(timeout=60)
+        finally:
+            other.kill()
+    assert other.returncode == 0
+    assert rest.splitlines()[-1] == first.stdout.splitlines()[-1] and " 8 [[" in first.stdout
+    assert "waiting" not in first.stdout
+    assert [path.name for path in tmp_path.glob("tokenised-by-*")] == ["tokenised-by-0"]

@@ -22,8 +22,9 @@ from m3jax.config import M3Config
 from m3jax.model import init
 from m3jax.sharding import make_mesh
 from train.checkpoints import Checkpoints
-from train.data.builders import Row
-from train.data.pipeline import LengthGroup, make_batches
+from train.data.builders import Dataset, Row
+from train.data.pipeline import Batches, prefetch
+from train.data.streams import LengthGroup
 from train.optimizer import make_optimizer
 from train.step import TrainState, make_state, make_step
 
@@ -36,6 +37,8 @@ class Memory:
 
     positives = negatives = np.ones(10, np.int32)
     query_lengths = passage_lengths = np.full(10, 6, np.int32)
+    kinds = np.zeros(10, np.int32)
+    datasets = (Dataset("rows.jsonl", 10, False),)
     query_max_length = 8
 
     def __len__(self):
@@ -46,7 +49,8 @@ class Memory:
         for i in map(int, indices):
             texts = np.random.default_rng(i).integers(4, 100, (3, 6)).astype(np.int32)
             texts[:, 0], texts[:, -1] = 0, 2
-            made.append(Row(texts[0], list(texts[1:]), 1, np.array([(i, 1), (i, 2)], np.uint32)))
+            identity, scores = np.array([(i, 1), (i, 2)], np.uint32), np.full(2, -np.inf, np.float32)
+            made.append(Row(texts[0], list(texts[1:]), 1, identity, scores))
         return made
 
 
@@ -100,7 +104,7 @@ def ran(model, params, tiny_tokenizer, tmp_path_factory):
     def go_on(state, first, saved):
         seen = []
         arguments = {"seed": 3, "groups": [LengthGroup(8, 4)], "group_size": 2, "pad_id": tiny_tokenizer.pad_id}
-        batches = make_batches(Memory(), start_step=first, num_steps=STEPS, **arguments)
+        batches = prefetch(Batches(Memory(), **arguments), first, STEPS)
         for done, batch in enumerate(batches, first + 1):
             state, measures = step(state, batch)
             if done == STOP:

@@ -1,6 +1,4 @@
-import itertools
 import json
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,8 +7,10 @@ pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 
 from m3jax.batching import bucket_length
-from train.data.builders import Row, prepare
-from train.data.pipeline import Batches, LengthGroup, Order, make_batches, prefetch, shuffled
+from tests.memory_rows import Memory
+from train.data.builders import Dataset, prepare
+from train.data.pipeline import Batches, prefetch, segments_shuffled
+from train.data.streams import LengthGroup, Shape, query_bucket
 
 GROUPS = [LengthGroup(48, 6), LengthGroup(112, 4)]
 
@@ -39,30 +39,9 @@ def source(tiny_tokenizer, tmp_path_factory):
     )
 
 
-class Memory:
-    """A source in memory with made-up ids: row i's passages are [0, i, passage, 2]."""
-
-    def __init__(self, positives, negatives):
-        self.positives = np.array(positives, np.int32)
-        self.negatives = np.array(negatives, np.int32)
-        self.query_lengths = self.passage_lengths = np.full(len(positives), 4, np.int32)
-        self.query_max_length = 6
-
-    def __len__(self):
-        return len(self.positives)
-
-    def rows(self, indices):
-        rows = []
-        for i in map(int, indices):
-            passages = [np.array([0, i, p, 2], np.int32) for p in range(self.positives[i] + self.negatives[i])]
-            identity = np.array([(i, p) for p in range(len(passages))], np.uint32)
-            rows.append(Row(np.array([0, i, 99, 2], np.int32), passages, int(self.positives[i]), identity))
-        return rows
-
-
 def batches(source, start=0, stop=30, **changes):
     arguments = dict(seed=3, groups=GROUPS, group_size=4, pad_id=1) | changes
-    return list(make_batches(source, start_step=start, num_steps=stop, **arguments))
+    return list(prefetch(Batches(source, **arguments), start, stop))
 
 
 def assert_same(left, right):
@@ -74,78 +53,6 @@ def assert_same(left, right):
 
 def unpadded(ids, mask):
     return [tuple(row[m].tolist()) for row, m in zip(ids, mask, strict=True)]
-
-
-# --- The order --------------------------------------------------------------------------------------------------------
-
-SIZES = [
-    ([60], [7]),
-    ([23], [5]),
-    ([10], [5]),
-    ([9], [8]),
-    ([8], [8]),
-    ([6], [1]),
-    ([16], [8]),
-    ([17, 40, 9, 0], [4, 6, 9, 3]),
-]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 60, 64, 65, 1000])
-def test_shuffle_is_a_fair_permutation(count):
-    seeds = 200 if count < 100 else 3
-    orders = np.array([shuffled(np.arange(count), count, seed) for seed in range(seeds)])
-    assert (np.sort(orders, axis=1) == np.arange(count)).all()
-    if 1 < count < 10:
-        counts = [Counter(column) for column in orders.T.tolist()]
-        assert all(abs(c[place] - seeds / count) < 5 * (seeds / count) ** 0.5 for c in counts for place in range(count))
-    if count > 10:  # neither neighbours nor a fixed stride
-        steps = np.diff(orders, axis=1) % count
-        assert (steps == 1).mean() < 3 / count + 0.01
-        assert min(len(np.unique(row)) for row in steps) > count / 4
-
-
-@pytest.mark.parametrize(("sizes", "batch_sizes"), SIZES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_row_once_per_epoch_and_never_twice_in_a_batch(sizes, batch_sizes, seed):
-    order = Order(seed, sizes, batch_sizes)
-    epochs = 13
-    seen = Counter()
-    for step in range(order.steps_in(epochs)):
-        draw = order.draw(step)
-        assert len(draw.places) == len(set(draw.places.tolist())) == batch_sizes[draw.group]
-        seen.update(zip(itertools.repeat(draw.group), draw.epochs.tolist(), draw.places.tolist()))
-    assert set(seen.values()) == {1}
-    for group, (n, b) in enumerate(zip(sizes, batch_sizes, strict=True)):
-        places = Counter((epoch, place) for g, epoch, place in seen if g == group)
-        assert len(places) == epochs * n // b * b
-        for epoch in range(epochs - 1):  # the last epoch's remainder waits for the next
-            assert sum(e == epoch for e, _ in places) == n
-
-
-def test_rounds_are_in_proportion_and_shuffled():
-    order = Order(0, [30, 90], [3, 9])
-    groups = [order.draw(step).group for step in range(order.steps_in(2))]
-    assert len(groups) == 40
-    assert Counter(groups[:20]) == Counter(groups[20:]) == {0: 10, 1: 10}
-    assert groups[:20] != groups[20:] and groups[:20] != sorted(groups[:20])
-
-
-def test_epochs_and_seeds_shuffle_anew():
-    def epoch(seed, number):
-        order = Order(seed, [40], [10])
-        return frozenset(frozenset(order.draw(step).places.tolist()) for step in range(4 * number, 4 * number + 4))
-
-    epochs = [epoch(seed, number) for seed in (0, 1) for number in (0, 1, 2)]
-    assert len(set(epochs)) == 6  # other batches, not only the same in another order
-    assert all(len(frozenset.union(*batches)) == 40 for batches in epochs)
-
-
-def test_steps_far_into_a_huge_set_cost_nothing():
-    order = Order(0, [1_200_000_000, 3_000_001], [1000, 7])
-    draw = order.draw(10**12 + 7)
-    assert draw.places.max() < 1_200_000_000 and len(np.unique(draw.places)) == len(draw.places)
-    step = order.steps_in(5000)
-    assert order.steps_in(5001) - step == pytest.approx(1_200_000 + 3_000_001 / 7, abs=2)
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -180,25 +87,35 @@ def test_processes_hold_parts_of_a_batch(source):
     assert_same([type(a)(*map(join, a, b)) for a, b in zip(outer, middle, strict=True)], whole)
 
 
-def test_shapes_are_static_and_fit(source):
+def test_passages_are_as_long_as_their_group_needs_and_queries_as_the_batch(source):
     prepared = Batches(source, seed=3, groups=GROUPS, group_size=4, pad_id=1)
     longest = np.maximum(source.query_lengths, source.passage_lengths)
-    expected = []
-    for low, group in zip((0, 48), GROUPS, strict=True):
-        rows = (longest > low) & (longest <= group.max_length)
-        assert rows.any()
-        lengths = [bucket_length(values[rows].max()) for values in (source.query_lengths, source.passage_lengths)]
-        expected.append((group.batch_size, *lengths))
-    shapes = set()
+    seen = set()
     for batch in prefetch(prepared, 0, 40):
         (rows, query_length), (passages, passage_length) = batch.query_ids.shape, batch.passage_ids.shape
+        group = next(group for group in GROUPS if group.batch_size == rows)
+        in_group = (longest > (0 if group is GROUPS[0] else 48)) & (longest <= group.max_length)
         assert passages == rows * 4
+        assert passage_length == min(bucket_length(source.passage_lengths[in_group].max()), group.max_length)
+        cap = min(query_bucket(source.query_lengths[in_group].max()), group.max_length)
+        assert query_length == min(query_bucket(batch.query_mask.sum(axis=1).max()), cap)
         assert batch.query_mask.shape == batch.query_ids.shape and batch.passage_mask.shape == batch.passage_ids.shape
         assert batch.query_mask.dtype == bool and batch.query_ids.dtype == batch.passage_ids.dtype == np.int32
         assert batch.passage_identity.shape == (passages, 2) and batch.passage_identity.dtype == np.uint32
         assert (batch.passage_ids[~batch.passage_mask] == 1).all() and batch.passage_mask[:, 0].all()
-        shapes.add((rows, query_length, passage_length))
-    assert shapes == set(expected)
+        seen.add(Shape(rows, 4, query_length, passage_length))
+    assert seen <= prepared.shapes and len(seen) > 2
+
+
+def test_the_longest_query_of_all_processes_makes_the_shape():
+    """A process alone would see a shorter one in half of its batches, and compile another program than the others."""
+    source = Memory([1] * 8, [3] * 8, queries=[60, *[5] * 7])
+    groups = [LengthGroup(64, 4)]
+    halves = [batches(source, stop=20, groups=groups, held=[i], parts=2) for i in (0, 1)]
+    lengths = [[batch.query_ids.shape[1] for batch in half] for half in halves]
+    assert lengths[0] == lengths[1] and set(lengths[0]) == {32, 64}
+    held = [[int(batch.query_mask.sum(axis=1).max()) for batch in half] for half in halves]
+    assert held[0] != held[1]
 
 
 def test_rows_are_query_positive_negatives(source):
@@ -242,7 +159,7 @@ def test_draws_change_with_the_epoch():
 def test_group_size_one_needs_no_negatives():
     source = Memory([1, 1, 1], [0, 0, 0])
     (batch,) = batches(source, stop=1, groups=[LengthGroup(8, 3)], group_size=1)
-    assert batch.passage_ids.shape == (3, 8) and batch.query_ids.shape == (3, 6)
+    assert batch.passage_ids.shape == (3, 8) and batch.query_ids.shape == (3, 8)
     assert (batch.passage_ids[:, 1] == batch.query_ids[:, 1]).all()
 
 
@@ -253,26 +170,155 @@ def test_fill_takes_the_last_possible_passage():
 
 
 def test_reader_may_stop_early(source):
-    iterator = make_batches(source, seed=0, groups=GROUPS, group_size=2, start_step=0, num_steps=10**9, pad_id=1)
+    iterator = prefetch(Batches(source, seed=0, groups=GROUPS, group_size=2, pad_id=1), 0, 10**9)
     assert next(iter(iterator)).query_ids.dtype == np.int32
+
+
+# --- Datasets and types -----------------------------------------------------------------------------------------------
+
+NO_IN_BATCH = Dataset("b_no_in_batch_neg.jsonl", 8, True)
+
+
+def owners(batch):
+    """For each row, which rows its query and its passages are of."""
+    passages = np.where(batch.passage_present, batch.passage_ids[:, 1], -1).reshape(len(batch.query_ids), -1)
+    return batch.query_ids[:, 1], passages
+
+
+def test_batches_hold_one_dataset_as_often_as_weighted():
+    source = Memory([1] * 24, [3] * 24, datasets=[Dataset("a", 16, False), Dataset("b", 8, False)])
+    groups = [LengthGroup(8, 4)]
+    made = batches(source, stop=40, groups=groups, weights=(0.5, 3))
+    firsts = [set((owners(batch)[0] < 16).tolist()) for batch in made]
+    assert all(len(of) == 1 for of in firsts) and firsts.count({True}) == 10
+    mixed = [set((owners(batch)[0] < 16).tolist()) for batch in batches(source, groups=groups, same_dataset=False)]
+    assert any(len(of) == 2 for of in mixed)
+
+
+@pytest.mark.parametrize("same_dataset", [True, False])
+def test_peer_2_2_rows_without_in_batch_negatives_are_marked_and_have_their_own_passages(same_dataset):
+    """PEER §2.2: what the losses restrict themselves to; other rows' positives never fill their group."""
+    kinds = ["normal"] * 8 + ["normal", "only_1neg", "symmetric_class", "symmetric_sts"] * 2
+    source = Memory([2] * 16, [1] * 8 + [5, 5, 5, 2] * 2, kinds=kinds, datasets=[Dataset("a", 8, False), NO_IN_BATCH])
+    seen = set()
+    for batch in batches(source, groups=[LengthGroup(8, 4)], same_dataset=same_dataset):
+        assert batch.own_group.dtype == bool and batch.own_group.shape == (4,)
+        for query, passages, own in zip(*owners(batch), batch.own_group, strict=True):
+            assert own == (query >= 8)
+            if own:
+                assert set(passages.tolist()) <= {query, -1}
+                seen.add((kinds[query], (passages >= 0).sum()))
+            else:
+                assert (passages == query).sum() == 2 and (passages >= 0).all()
+    assert seen == {("normal", 4), ("only_1neg", 2), ("symmetric_class", 4), ("symmetric_sts", 3)}
+
+
+def test_types_bring_what_they_say():
+    """only_1neg one negative, symmetric_class its own and no more, the others group_size − 1 with other rows' positives."""
+    kinds = ["only_1neg", "symmetric_class", "symmetric_sts", "symmetric_clustering"]
+    source = Memory([1] * 8, [3, 2, 1, 0, 0, 9, 9, 9], kinds=kinds * 2)
+    expected = {0: (2, 2), 1: (3, 3), 2: (4, 2), 3: (4, 1), 4: (2, 1), 5: (4, 4), 6: (4, 4), 7: (4, 4)}
+    for batch in batches(source, groups=[LengthGroup(8, 8)], stop=4):
+        for query, passages in zip(*owners(batch), strict=True):
+            assert ((passages >= 0).sum(), (passages == query).sum()) == expected[query]
+            assert passages[0] == query
+
+
+def test_places_without_a_passage_are_texts_of_no_term():
+    source = Memory([1] * 4, [1, 3, 3, 3], kinds="symmetric_class")
+    (batch,) = batches(source, groups=[LengthGroup(8, 4)], stop=1)
+    empty = ~batch.passage_present
+    assert empty.sum() == 2 and batch.passage_present.dtype == bool
+    assert (batch.passage_ids[empty, :2] == [0, 2]).all() and (batch.passage_mask[empty].sum(axis=1) == 2).all()
+
+
+def test_peer_2_9_rows_without_negatives():
+    """PEER §2.9: `neg: []` divides by zero there; here other rows' positives take the places."""
+    source = Memory([1] * 8, [0] * 8)
+    for batch in batches(source, groups=[LengthGroup(8, 4)], stop=4):
+        for query, passages in zip(*owners(batch), strict=True):
+            assert passages[0] == query and (passages >= 0).all() and len(set(passages.tolist())) == 4
+
+
+def test_only_1neg_alone_is_narrow():
+    source = Memory([1] * 8, [3] * 8, kinds="only_1neg")
+    (batch,) = batches(source, groups=[LengthGroup(8, 8)], stop=1)
+    assert batch.passage_ids.shape == (16, 8) and batch.passage_present.all()
+
+
+# --- Teacher's scores -------------------------------------------------------------------------------------------------
+
+
+def test_scores_stand_beside_their_passages():
+    """Row i's passage p has the score i + p / 10; odd rows have none, nor have places left or other rows' positives."""
+    source = Memory([2] * 8, [1, 5] * 4, scored=np.arange(8) % 2 == 0)
+    for batch in batches(source, groups=[LengthGroup(8, 8)], stop=4):
+        assert batch.teacher_scores.shape == (8, 4) and batch.teacher_scores.dtype == np.float32
+        numbers = batch.passage_ids[:, 2].reshape(8, 4)
+        for scores, query, passages, number in zip(batch.teacher_scores, *owners(batch), numbers, strict=True):
+            expected = np.where((passages == query) & (query % 2 == 0), query + number / 10, -np.inf)
+            assert scores.tolist() == np.float32(expected).tolist()
+            assert np.isfinite(scores).sum() == (0 if query % 2 else 2)
+
+
+# --- Segments ---------------------------------------------------------------------------------------------------------
+
+
+def test_segments_change_places_and_nothing_is_lost():
+    ids = np.array([0, *range(10, 43), 2])
+    orders = {tuple(segments_shuffled(ids, np.random.default_rng(seed)).tolist()) for seed in range(60)}
+    assert len(orders) == 6
+    thirds = [tuple(range(10 + 11 * i, 21 + 11 * i)) for i in range(3)]
+    for order in orders:
+        assert order[0] == 0 and order[-1] == 2
+        assert sorted([order[1:12], order[12:23], order[23:34]]) == thirds
+    assert sorted(segments_shuffled(np.array([0, 2]), np.random.default_rng(0))) == [0, 2]
+
+
+def shuffled_texts(probability, seed=3, start=0):
+    """Batches of long and short passages whose tokens count up, and for each passage whether it still does."""
+    random = np.random.default_rng(0)
+    source = Memory([1] * 40, [3] * 40)
+    lengths = random.integers(20, 60, 40)
+    rows = source.rows
+
+    def counting(indices):
+        made = rows(indices)
+        for i, row in zip(indices, made, strict=True):
+            row.passages[:] = [np.array([0, *range(10, 8 + lengths[i]), 2], np.int32) for _ in row.passages]
+        return made
+
+    source.rows, source.passage_lengths = counting, lengths.astype(np.int32)
+    made = batches(source, start=start, groups=[LengthGroup(64, 8)], shuffle_segments=probability, seed=seed)
+    texts = [ids[mask] for batch in made for ids, mask in zip(batch.passage_ids, batch.passage_mask, strict=True)]
+    long = np.array([len(text) >= 32 for text in texts])
+    return made, long, np.array([(np.diff(text[1:-1]) != 1).any() for text in texts])
+
+
+def test_long_passages_are_shuffled_as_often_as_asked():
+    for probability in (0.0, 0.3, 1.0):
+        _, long, moved = shuffled_texts(probability)
+        assert not moved[~long].any()
+        assert moved[long].mean() == pytest.approx(probability * 5 / 6, abs=0.05)  # one order in six is the old one
+
+
+def test_segments_follow_from_seed_row_and_epoch():
+    whole, _, moved = shuffled_texts(0.5)
+    assert_same(shuffled_texts(0.5, start=11)[0], whole[11:])
+    plain = shuffled_texts(0.0)[0]
+    for a, b in zip(whole, plain, strict=True):  # nothing else changes
+        assert (a.query_ids == b.query_ids).all() and (a.passage_identity == b.passage_identity).all()
+        assert (np.sort(a.passage_ids) == np.sort(b.passage_ids)).all()
+    positives = np.concatenate([batch.passage_identity for batch in whole])[::4, 0]
+    by_row = [dict(zip(positives[e], moved[::4][e], strict=True)) for e in (slice(0, 40), slice(40, 80))]
+    assert by_row[0].keys() == by_row[1].keys() and by_row[0] != by_row[1]  # another draw in the next epoch
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_group_with_too_few_rows(source):
-    message = r"group up to 48 has \d+ rows, fewer than its batch_size 40.*up to 48: \d+ rows, batch 40, up to 112: \d+"
-    with pytest.raises(ValueError, match=message):
-        batches(source, groups=[LengthGroup(48, 40), LengthGroup(112, 4)])
-
-
-def test_rows_too_long_for_the_groups(source):
-    with pytest.raises(ValueError, match=r"\d+ rows are longer than the last length group: .* the groups end at 48"):
-        batches(source, groups=GROUPS[:1])
-
-
 def test_fill_that_does_not_exist():
-    message = r"5 rows .* fewer than 5 negatives .* 6 different ones are needed, 5 exist"
+    message = r"5 rows of up to 8 token ids have fewer than 5 negatives .* 6 different ones are needed, 5 exist"
     with pytest.raises(ValueError, match=message):
         batches(Memory([1] * 5, [0] * 5), groups=[LengthGroup(8, 5)], group_size=6)
 

@@ -1,5 +1,7 @@
 """What a run starts from; whole runs that refuse to start are in e2e/test_train.py."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import m3jax
 from configs import base
 from m3jax.config import M3Config
 from m3jax.model import M3, cast, init
-from train.start import length_groups, start_model
+from train.start import check, length_groups, read_rows, start_model
 
 
 def test_a_batch_divides_by_the_devices():
@@ -37,3 +39,59 @@ def test_a_model_to_go_on_with_is_float32_in_host_memory(tiny_tokenizer, tmp_pat
     assert all(
         np.array_equal(x, np.float32(y)) for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("objective", "v2", r"objective = 'v2', expected one of \('v4', 'v1'\)"),
+        ("teacher", "kl_div", r"teacher = 'kl_div', expected one of \('', 'group', 'sequential'\)"),
+        ("teacher_temperature", 0.0, "teacher_temperature = 0.0, expected above 0"),
+        ("shuffle_segments", 1.5, "shuffle_segments = 1.5, expected from 0 to 1"),
+        ("loss_weights", (1.0, 1.0), r"loss_weights = \(1.0, 1.0\), expected three numbers from 0 up, or \(\)"),
+    ],
+)
+def test_settings_of_the_loss_and_the_batches(key, value, message):
+    config = base.get_config()
+    check(config)
+    config[key] = value
+    with pytest.raises(ValueError, match=f"settings that no run can have: {message}"):
+        check(config)
+
+
+@pytest.fixture
+def rows_with_scores(tmp_path, tiny_tokenizer):
+    """rows_with_scores(teacher, scored): what read_rows gives for three rows, the first `scored` of which have scores."""
+
+    def read(teacher, scored):
+        config = base.get_config()
+        row = {"query": "fox", "pos": ["the fox"], "neg": ["a dog"]}
+        rows = [row | ({"pos_scores": [1], "neg_scores": [0]} if i < scored else {}) for i in range(3)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        config.data.train, config.data.folder = str(tmp_path / "rows.jsonl"), str(tmp_path / "data")
+        config.query_max_length = config.passage_max_length = 64
+        config.teacher = teacher
+        return read_rows(config, tiny_tokenizer)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("teacher", "scored", "message"),
+    [
+        ("", 0, None),
+        ("", 2, "2 of 3 rows carry pos_scores or neg_scores, which are not used: --config.teacher says how to."),
+        ("group", 3, None),
+        ("sequential", 1, "2 of 3 rows have no pos_scores and neg_scores: they are trained without the teacher."),
+    ],
+)
+def test_what_is_said_of_a_teacher_s_scores(rows_with_scores, recwarn, teacher, scored, message):
+    assert len(rows_with_scores(teacher, scored)) == 3
+    assert [str(w.message) for w in recwarn if w.category is UserWarning] == [message] * bool(message)
+
+
+def test_a_teacher_without_scores_is_an_error(rows_with_scores):
+    with pytest.raises(
+        ValueError, match=r"teacher = 'group' needs rows with pos_scores .* none of the 3 rows of .* has them"
+    ):
+        rows_with_scores("group", 0)

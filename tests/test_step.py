@@ -56,7 +56,9 @@ def batch(known=None):
     columns = np.repeat(np.arange(ROWS)[:, None] * GROUP, ROWS * GROUP, axis=1)
     for row, others in (known or {}).items():
         columns[row, : len(others)] = others
-    return Batch(*texts(ROWS, 0), *texts(ROWS * GROUP, 1), identity, identity[columns])
+    present, own_group = np.ones(ROWS * GROUP, bool), np.zeros(ROWS, bool)
+    no_scores = np.full((ROWS, GROUP), -np.inf, np.float32)
+    return Batch(*texts(ROWS, 0), *texts(ROWS * GROUP, 1), identity, identity[columns], present, own_group, no_scores)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,12 +108,17 @@ def naive_scores(params, rows):
 
 
 def naive_parts(scores, rows):
-    """Unweighted parts: each row's softmax ranges over its positive and the passages that it does not know."""
+    """Unweighted parts: each row's softmax ranges over its positive and the passages that it does not know, which are there
+    and, where the row has no in-batch negatives, of its group."""
     parts = dict.fromkeys((*scores, *(f"distill/{name}" for name in PARTS)), 0.0)
     for i in range(ROWS):
         own = i * GROUP
         known = set(map(tuple, rows.known_identity[i]))
-        columns = [own] + [j for j, key in enumerate(map(tuple, rows.passage_identity)) if key not in known]
+        columns = [own] + [
+            j
+            for j, key in enumerate(map(tuple, rows.passage_identity))
+            if key not in known and rows.passage_present[j] and (j // GROUP == i or not rows.own_group[i])
+        ]
         logs = {}
         for name, matrix in scores.items():
             logits = matrix[i, columns] / 0.1
@@ -155,6 +162,44 @@ def test_known_positives_are_no_negatives(params, value_and_gradient):
         touched.append([bool(np.any(embeddings[token])) for token in (37, 38, 39)])
     # Row 2 knows all passages and the others know its positive: neither its query nor its positive can learn anything.
     assert touched == [[False, False, True], [True, True, True]]
+
+
+def test_peer_2_2_own_groups_and_places_without_a_passage(params, value_and_gradient):
+    """PEER §2.2: without in-batch negatives the ensemble's candidates are the group's, as those of every head."""
+    rows = batch()
+    rows = rows._replace(own_group=np.array([True, True, False, False]), passage_present=np.arange(ROWS * GROUP) != 3)
+    (loss, measures), gradient = value_and_gradient(params, rows, True)
+    scores, _, per_passage = naive_scores(params, rows)
+    parts = naive_parts(scores, rows)
+    assert min(abs(parts[name] - value) for name, value in naive_parts(scores, batch()).items()) > 1e-2
+    assert loss == pytest.approx(total(parts, True), rel=1e-5)
+    assert all(float(measures[n if "/" in n else f"loss/{n}"]) == pytest.approx(x, rel=1e-5) for n, x in parts.items())
+    assert float(measures["active_terms/passage"]) == pytest.approx(per_passage * 8 / 7)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
+
+
+def test_objective_and_teacher_reach_the_loss(params):
+    settings = config()
+    settings.update(objective="v1", hybrid_weights=(), loss_weights=(), teacher="group", teacher_temperature=0.5)
+    given = np.array([[1, 0], [-np.inf, -np.inf], [0, 2], [1, 1]], np.float32)
+    rows = batch()._replace(teacher_scores=given)
+    loss, measures = jax.jit(
+        lambda params, rows: loss_and_parts(MODEL, settings, params, rows, True, jax.random.key(1))
+    )(params, rows)
+    scores, _, _ = naive_scores(params, rows)
+    scores["hybrid"] = scores["dense"] + scores["sparse"] + scores["colbert"]
+    parts = naive_parts(scores, rows)
+    for name, matrix in scores.items():
+        parts[f"teacher/{name}"] = 0.0
+        for i in (0, 2, 3):
+            own = matrix[i, i * GROUP : i * GROUP + GROUP] / 0.1
+            target = np.exp(given[i] / 0.5 - np.logaddexp(*(given[i] / 0.5)))
+            parts[f"teacher/{name}"] -= target @ (own - np.logaddexp(*own)) / ROWS
+    expected = sum(parts[name] + parts[f"teacher/{name}"] for name in scores) / 4
+    expected += sum(parts[f"distill/{name}"] for name in PARTS) / 3
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    for name, value in parts.items():
+        assert float(measures[name if "/" in name else f"loss/{name}"]) == pytest.approx(value, rel=1e-5), name
 
 
 def test_bfloat16_is_close(params, value_and_gradient):

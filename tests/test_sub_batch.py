@@ -93,7 +93,10 @@ def texts(count, length):
 ROWS, GROUP, LENGTH = 16, 2, 24
 passages = ROWS * GROUP
 identity = random.integers(2**32, size=(passages, 2), dtype=np.uint32)
-batch = Batch(*texts(ROWS, 8), *texts(passages, LENGTH), identity, identity[::GROUP, None])
+batch = Batch(
+    *texts(ROWS, 8), *texts(passages, LENGTH), identity, identity[::GROUP, None],
+    np.ones(passages, bool), np.zeros(ROWS, bool), np.full((ROWS, GROUP), -np.inf, np.float32),
+)
 
 def run(mesh, parts):
     def loss(params, batch):

@@ -61,6 +61,7 @@ def describe(config: Config, model: Any, rows: int, devices: int) -> str:
     distill = (
         f"self-distillation from step {config.distill_start}" if config.distill_start >= 0 else "no self-distillation"
     )
+    distill += f", teacher's scores by {config.teacher}" if config.teacher else ""
     return (
         f"{config.name}: {model}, {start}\n"
         f"  data      {rows:,} rows of {config.data.train}\n"

@@ -25,41 +25,33 @@ from tqdm import tqdm
 
 import m3jax
 from m3jax.card import CARD
+from m3jax.config import M3Config
 from m3jax.model import M3, cast
 from m3jax.sharding import make_mesh
 from train import Config
 from train.checkpoints import Checkpoints
 from train.compiled import CompiledStep
 from train.console import describe, say
-from train.data.builders import prepare
-from train.data.pipeline import make_batches
+from train.data.pipeline import Batches, prefetch
 from train.evaluate import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
+from train.objective import hybrid_weights, loss_arguments
 from train.optimizer import learning_rate, make_optimizer
 from train.processes import agreed, first_then_others, is_first, on_host, placed, rows_held
 from train.release import card_of_run
 from train.report import write_report
-from train.start import check, length_groups, listed, path_of, read_sets, start_model
+from train.start import check, length_groups, listed, path_of, read_rows, read_sets, start_model
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
 from train.tasks import Task
 
 # A run goes on only with these as it began, and with the same data: all but how often it is looked at and where.
 _KEPT = (
-    *("seed", "init_from", "length_groups", "group_size", "accumulate", "functions", "frozen", "matryoshka"),
-    *(
-        "steps",
-        "learning_rate",
-        "learning_rate_scale",
-        "warmup",
-        "weight_decay",
-        "clip",
-        "adam_b1",
-        "adam_b2",
-        "adam_eps",
-    ),
-    *("temperature", "hybrid_weights", "loss_weights", "distill_start", "dropout", "dtype"),
+    *("seed", "init_from", "length_groups", "group_size", "shuffle_segments", "accumulate", "functions", "frozen"),
+    *("matryoshka", "steps", "learning_rate", "learning_rate_scale", "warmup", "weight_decay", "clip", "adam_b1"),
+    *("adam_b2", "adam_eps", "temperature", "objective", "hybrid_weights", "loss_weights", "teacher"),
+    *("teacher_temperature", "distill_start", "dropout", "dtype"),
 )
 
 
@@ -75,21 +67,27 @@ def train(config: Config) -> dict[str, Any]:
     clock = _Clock()
     dev, tests = first_then_others(lambda: read_sets(config))
     m3 = first_then_others(lambda: start_model(config))
-    source = first_then_others(
-        lambda: prepare(
-            [path_of(config, path) for path in listed(config.data.train)],
-            m3.tokenizer,
-            data_dir=config.data.folder,
-            query_max_length=config.query_max_length,
-            passage_max_length=config.passage_max_length,
-        )
-    )
+    source = read_rows(config, m3.tokenizer)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     held, row_groups = rows_held(mesh)
-    groups = length_groups(config, row_groups)
+    batches = Batches(
+        source,
+        seed=config.seed,
+        groups=length_groups(config, row_groups),
+        group_size=config.group_size,
+        pad_id=m3.tokenizer.pad_id,
+        same_dataset=config.data.same_dataset,
+        weights=config.data.weights,
+        shuffle_segments=config.shuffle_segments,
+        step=_row_step(m3.config),
+        held=held,
+        parts=row_groups,
+    )
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
-    kept = {key: config.to_dict()[key] for key in _KEPT}
+    every = config.to_dict()
+    kept = {key: every[key] for key in _KEPT} | {key: every["data"][key] for key in ("same_dataset", "weights")}
+    kept |= {"hybrid_weights": hybrid_weights(config), "loss_weights": loss_arguments(config)["loss_weights"]}
     settings = kept | {"data": source.name}
     optimizer = make_optimizer(config)
     with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
@@ -102,24 +100,14 @@ def train(config: Config) -> dict[str, Any]:
             state = saved.restore(state)
             say(f"going on after step {first}")
         log = _Log(run / "metrics.jsonl", after=first)
-        batches = make_batches(
-            source,
-            seed=config.seed,
-            groups=groups,
-            group_size=config.group_size,
-            start_step=first,
-            num_steps=config.steps,
-            pad_id=m3.tokenizer.pad_id,
-            held=held,
-            parts=row_groups,
-        )
         fixed = FrozenConfigDict(config)
         step = CompiledStep(
             lambda sub_batches: make_step(m3.config, fixed, optimizer, mesh, state, sub_batches),
             row_groups=row_groups,
             sub_batch_tokens=config.sub_batch_tokens,
         )
-        for done, now in _steps(config, step, state, (placed(batch, mesh) for batch in batches), first, log):
+        given = (placed(batch, mesh) for batch in prefetch(batches, first, config.steps))
+        for done, now in _steps(config, step, state, given, first, log):
             state = now
             if dev and _at(config.evaluate_every, done, config):
                 clock.lap("train")
@@ -223,6 +211,11 @@ def _steps(
             yield done, state
             if waiting is None:
                 timer = time.perf_counter()  # what was done with the state is not the next step's time
+
+
+def _row_step(model: M3Config) -> int:
+    """What rows are multiples of: attention on TPU has a kernel for 128 tokens and their multiples alone."""
+    return 128 if jax.default_backend() == "tpu" and model.max_length % 128 == 0 else 1
 
 
 def _at(every: int, done: int, config: Config) -> bool:

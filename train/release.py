@@ -63,4 +63,4 @@ def _shown(path: str) -> str:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if value and isinstance(value, str) else json.dumps(value)

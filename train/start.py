@@ -1,11 +1,12 @@
-"""What a run starts from, checked: its settings, the sets that measure it, the model, and the batches of each length group.
+"""What a run starts from, checked: its settings, the sets that measure it, the model, the rows, the size of batches.
 
-Not here: the rows it trains on (data/), and the run itself (loop.py).
+Not here: how rows are prepared and batched (data/), and the run itself (loop.py).
 """
 
 import hashlib
 import importlib.metadata
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +23,9 @@ from m3jax.xlm_roberta import Remat
 from train import Config
 from train.console import say
 from train.data import cldr
-from train.data.pipeline import LengthGroup
+from train.data.builders import RowSource, prepare
+from train.data.streams import LengthGroup
+from train.objective import OBJECTIVES, TEACHERS
 from train.tasks import Task, read_task, read_tasks
 
 _DEMO = "cldr"
@@ -37,19 +40,26 @@ def check(config: Config) -> None:
             lambda x: x >= 1,
             "steps log_every evaluate_every save_every keep_checkpoints group_size accumulate",
         ),
-        ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip temperature adam_eps"),
+        ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip temperature teacher_temperature adam_eps"),
         ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay seed sub_batch_tokens"),
-        ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup"),
+        ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup shuffle_segments"),
         ("from 0 to below 1", lambda x: 0 <= x < 1, "dropout adam_b1 adam_b2"),
         ("a step, or -1 for never", lambda x: x >= -1, "distill_start"),
-        ("three numbers from 0 up", _three_from_0, "hybrid_weights loss_weights"),
-        (f"some of {', '.join(PARTS)}", lambda x: x and _some_of(PARTS, x), "functions"),
-        (f"some of {', '.join(_FREEZABLE)}", lambda x: _some_of(_FREEZABLE, x), "frozen"),
-        (f"one of {', '.join(get_args(Remat))}", lambda x: x in get_args(Remat), "remat"),
-        ("float32 or bfloat16", lambda x: x in ("float32", "bfloat16"), "dtype"),
+        ("three numbers from 0 up, or ()", _three_from_0_or_none, "hybrid_weights loss_weights"),
+        (f"some of {PARTS}", lambda x: x and _some_of(PARTS, x), "functions"),
+        (f"some of {_FREEZABLE}", lambda x: _some_of(_FREEZABLE, x), "frozen"),
+        *(
+            (f"one of {choices}", lambda x, choices=choices: x in choices, key)
+            for key, choices in (
+                ("objective", OBJECTIVES),
+                ("teacher", TEACHERS),
+                ("remat", get_args(Remat)),
+                ("dtype", ("float32", "bfloat16")),
+            )
+        ),
     )
     wrong = [
-        f"{key} = {config[key]}, expected {rule}"
+        f"{key} = {config[key]!r}, expected {rule}"
         for rule, holds, keys in rules
         for key in keys.split()
         if not holds(config[key])
@@ -81,8 +91,8 @@ def _some_of(names: Sequence[str], given: Sequence[str]) -> bool:
     return not isinstance(given, str) and {*given} <= {*names} and len({*given}) == len(given)
 
 
-def _three_from_0(weights: Any) -> bool:
-    return len(weights) == 3 and all(isinstance(x, int | float) and 0 <= x < math.inf for x in weights)
+def _three_from_0_or_none(weights: Any) -> bool:
+    return len(weights) in (0, 3) and all(isinstance(x, int | float) and 0 <= x < math.inf for x in weights)
 
 
 def listed(paths: str) -> list[str]:
@@ -153,6 +163,35 @@ def start_model(config: Config) -> M3:
                 f"matryoshka.{function} holds widths from 1 to below the full one, {most}, each once; got {widths}"
             )
     return m3
+
+
+def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
+    """The rows to train on, prepared by process 0; ValueError where a teacher is asked for and no row has its scores."""
+    source = prepare(
+        [path_of(config, path) for path in listed(config.data.train)],
+        tokenizer,
+        data_dir=config.data.folder,
+        query_max_length=config.query_max_length,
+        passage_max_length=config.passage_max_length,
+        process_index=jax.process_index(),
+    )
+    scored, rows = source.counts["rows_with_scores"], len(source)
+    if config.teacher and not scored:
+        raise ValueError(
+            f"teacher = {config.teacher!r} needs rows with pos_scores and neg_scores, and none of the {rows} rows of "
+            f"{config.data.train} has them. Give rows with scores, or leave --config.teacher out"
+        )
+    if config.teacher and scored < rows:
+        warnings.warn(
+            f"{rows - scored} of {rows} rows have no pos_scores and neg_scores: they are trained without the teacher.",
+            stacklevel=2,
+        )
+    if scored and not config.teacher:
+        warnings.warn(
+            f"{scored} of {rows} rows carry pos_scores or neg_scores, which are not used: --config.teacher says how to.",
+            stacklevel=2,
+        )
+    return source
 
 
 def length_groups(config: Config, rows: int) -> list[LengthGroup]:

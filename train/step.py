@@ -21,6 +21,7 @@ from m3jax.scores import all_scores, colbert_scores, dense_scores
 from m3jax.sharding import BATCH, shardings
 from train import Config
 from train.data.pipeline import Batch
+from train.objective import hybrid_weights, loss_arguments
 from train.optimizer import FROZEN, parameter_groups
 from train.sub_batch import ONE_PASS, SubBatches, encode_in
 
@@ -59,7 +60,7 @@ def loss_and_parts(
     """The M3 loss of one global batch, and its parts and the terms per text as measures.
 
     batch: a `Batch` of device arrays. Every query's candidates are all passages of the batch, on whichever device they
-    lie, but its other positives.
+    lie, but its other positives; of a row without in-batch negatives those of its group only.
     """
 
     def encode(ids: jax.Array, mask: jax.Array, keys: jax.Array) -> Representations:
@@ -75,23 +76,25 @@ def loss_and_parts(
     passages = encode_in(
         sub_batches.passages, encode, batch.passage_ids, batch.passage_mask, jax.random.split(passage_key, count)
     )
-    scores = all_scores(queries, passages, config.hybrid_weights, config.functions)
+    scores = all_scores(queries, passages, hybrid_weights(config), config.functions)
     for function, widths in config.matryoshka.items():
         scores |= {f"{function}@{width}": _SCORES[function](width, queries, passages) for width in widths}
     positives = jnp.arange(rows) * (count // rows)  # passages are query-major, the positive first
     loss, parts = m3_loss(
         scores,
         positives,
-        temperature=config.temperature,
-        loss_weights=config.loss_weights,
         distill=distill,
-        allowed=candidates(positives, batch.passage_identity, batch.known_identity),
+        allowed=candidates(
+            positives, batch.passage_identity, batch.known_identity, batch.passage_present, batch.own_group
+        ),
+        teacher_scores=batch.teacher_scores,
+        **loss_arguments(config),
     )
     measures = {"loss": loss} | {name if "/" in name else f"loss/{name}": value for name, value in parts.items()}
     # A sparse head that collapses shows here first, long before a score does.
     return loss, measures | {
-        "active_terms/query": _active_terms(queries),
-        "active_terms/passage": _active_terms(passages),
+        "active_terms/query": _active_terms(queries, rows),
+        "active_terms/passage": _active_terms(passages, batch.passage_present.sum()),
     }
 
 
@@ -138,6 +141,6 @@ def make_step(
     return jax.jit(step, in_shardings=(places, rows), out_shardings=(places, None), donate_argnums=0)
 
 
-def _active_terms(given: Representations) -> jax.Array:
-    """Terms with a weight above 0, a text, on average."""
-    return (given.token_weights > 0).sum() / len(given.token_weights)
+def _active_terms(given: Representations, texts: int | jax.Array) -> jax.Array:
+    """Terms with a weight above 0, a text, on average; places where no passage is, `<s> </s>`, have none."""
+    return (given.token_weights > 0).sum() / texts

@@ -164,7 +164,13 @@ def batch_of(queries: Any, passages: Any) -> Any:
     columns = np.arange(len(passages), dtype=np.uint32)
     identity = np.stack([columns, columns], axis=1)
     known = identity[:: len(passages) // len(queries), None]
-    return Batch(queries, np.ones(queries.shape, bool), passages, np.ones(passages.shape, bool), identity, known)
+    group = len(passages) // len(queries)
+    return Batch(
+        *(queries, np.ones(queries.shape, bool), passages, np.ones(passages.shape, bool), identity, known),
+        passage_present=np.ones(len(passages), bool),
+        own_group=np.zeros(len(queries), bool),
+        teacher_scores=np.full((len(queries), group), -np.inf, np.float32),
+    )
 
 
 def gradient_of(model: Any, case: Case, parts: Any) -> Any:

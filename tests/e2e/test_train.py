@@ -31,12 +31,15 @@ import train.evaluate
 import train.loop
 import train.main as program
 from configs import base
-from tests.e2e.small_run import FUNCTIONS, SIZES, TRAINING, write_set
+from tests.e2e.small_run import FUNCTIONS, SIZES, TRAINING, write, write_set
 from train.example import worked_example
 from train.sub_batch import ONE_PASS
 
 ROOT = Path(__file__).parents[2]
-_COMPILED_IN = ("seed", "steps", "warmup", "learning_rate", "distill_start", "temperature", "length_groups", "dropout")
+_COMPILED_IN = (
+    *("seed", "steps", "warmup", "learning_rate", "distill_start", "temperature", "length_groups", "dropout"),
+    *("objective", "teacher"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +291,33 @@ def test_an_interrupted_run_goes_on(ran, configured, steps, tmp_path, at):
     assert sorted(metrics(tmp_path / "run", timeless=True), key=lambda row: (row["step"], "loss" in row)) == in_order
 
 
+def test_datasets_types_and_a_teacher(data, configured, tmp_path):
+    """Two datasets, one without in-batch negatives and with scores; what the keys say arrives at the batches and the loss."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    scored = [row | {"type": "only_1neg", "pos_scores": [2.0], "neg_scores": [1.0]} for row in rows[:8]]
+    sets = (data / "train.jsonl", write(tmp_path / "scored_no_in_batch_neg.jsonl", scored))
+    changes = {
+        **{"data.train": ",".join(map(str, sets)), "data.weights": (1.0, 3.0), "data.test": "", "data.dev": ""},
+        **{"objective": "v1", "teacher": "sequential", "shuffle_segments": 0.5, "steps": 6, "distill_start": 0},
+    }
+    with pytest.warns(UserWarning, match="12 of 20 rows have no pos_scores"):
+        results = train.loop.train(configured(tmp_path / "run", **changes))
+    assert results["rows"] == 20
+    rows = metrics(tmp_path / "run")
+    names = ("dense", "sparse", "colbert", "hybrid")
+    taught = [row for row in rows if row["teacher/dense"] > 0]
+    assert len(rows) == 6 and 3 <= len(taught) < 6  # three steps of the first dataset in nine
+    for row in rows:
+        assert all((row[f"loss/{name}"] == 0) == (row in taught) for name in names)
+        plain = sum(row[f"loss/{name}"] + row[f"teacher/{name}"] for name in names) / 4
+        assert row["loss"] == pytest.approx(plain + sum(row[f"distill/{name}"] for name in names[:3]) / 3, rel=1e-5)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    for setting in ("objective", "teacher", "weights", "same_dataset", "shuffle_segments"):
+        assert setting in card
+    with pytest.raises(ValueError, match=r"weights was \[1.0, 3.0\], is \[1.0, 2.0\]"):
+        train.loop.train(configured(tmp_path / "run", **changes | {"data.weights": (1.0, 2.0)}))
+
+
 # Texts that are cut elsewhere are other data: rows may move to other length groups.
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -376,7 +406,7 @@ def test_bad_rows_end_a_run_before_it_starts(data, configured, steps, tmp_path, 
         ({"length_groups": ((16, 13),)}, "12 rows, fewer than its batch_size 13"),
         ({"length_groups": (16, 4)}, "length_groups"),
         ({"log_every": 0, "warmup": 3.0}, "log_every = 0, expected at least 1; warmup = 3.0, expected from 0 to 1"),
-        ({"dtype": "bf16"}, "dtype = bf16, expected float32 or bfloat16"),
+        ({"dtype": "bf16"}, "dtype = 'bf16', expected one of ('float32', 'bfloat16')"),
         ({"distill_start": -5}, "distill_start = -5, expected a step, or -1 for never"),
         ({"hybrid_weights": (1.0, 0.3)}, r"hybrid_weights = \(1.0, 0.3\), expected three numbers from 0 up"),
         ({"loss_weights": (1.0, -0.1, float("nan"))}, r"loss_weights = \(1.0, -0.1, nan\), expected three numbers"),

@@ -13,7 +13,7 @@ import pytest
 
 from m3jax import scores
 from m3jax.batching import pad
-from m3jax.losses import m3_loss
+from m3jax.losses import group_distillation, m3_loss, sequential_distillation
 from m3jax.model import apply, flatten
 from m3jax.weights import torch_name
 from tests.arrays import from_numpy
@@ -193,7 +193,7 @@ def test_padding_does_not_change_colbert_scores(flag_embedding):
 
 
 @pytest.mark.parametrize("reference", ["FlagEmbedding"], indirect=True)
-def test_own_group_as_candidates(reference, to_ours):
+def test_peer_2_2_own_group_as_candidates(reference, to_ours):
     """Where the peer is wrong (PEER.md §2.2): without in-batch negatives its ensemble sees one column, whose loss is 0, and
     more rows than a group has passages are an IndexError. Here `allowed` restricts all four alike."""
     config, module = reference(None)
@@ -210,6 +210,56 @@ def test_own_group_as_candidates(reference, to_ours):
     own = s["hybrid"][allowed].reshape(ROWS, GROUP) / TEMPERATURE
     assert expected["hybrid"] == 0.0
     assert parts["hybrid"] == pytest.approx(float(-jax.nn.log_softmax(own, axis=1)[:, 0].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("teacher", "theirs"), [("group", "kl_div"), ("sequential", "m3_kd_loss")])
+def test_teacher_s_loss_and_its_gradient(flag_embedding, teacher, theirs):
+    """Of score matrices. The peer takes a group in the order that it comes in, so it is sorted here first."""
+    model = flag_embedding("abc.finetune.embedder.AbsModeling").AbsEmbedderModel
+    rng = np.random.default_rng(3)
+    given = -np.sort(-rng.normal(size=(ROWS, GROUP)).astype(np.float32))
+    matrix = rng.uniform(-1, 1, (ROWS, ROWS * GROUP)).astype(np.float32)
+    scores_of = torch.tensor(matrix, requires_grad=True)
+    student = scores_of / TEMPERATURE
+    if theirs == "kl_div":
+        student = model.get_local_score(None, torch.zeros(ROWS, 1), torch.zeros(ROWS * GROUP, 1), student)
+    targets = F.softmax(torch.tensor(given), dim=-1)
+    expected = model.distill_loss(theirs, targets, student, group_size=GROUP)
+    expected.backward()
+    function = {"group": group_distillation, "sequential": sequential_distillation}[teacher]
+    positives = jnp.arange(ROWS) * GROUP
+
+    def loss(given, matrix):
+        return function(given, matrix, positives, TEMPERATURE)
+
+    value, slope = jax.value_and_grad(loss, argnums=1)(jnp.asarray(given), jnp.asarray(matrix))
+    assert _difference(value, expected) <= 1e-5
+    assert _error(slope, scores_of.grad.numpy()) <= 1e-5
+    if teacher == "sequential":
+        # A group that is not sorted is the same to us, and another to the peer: a passage then need not beat a worse one.
+        order = np.array([2, 0, 3, 1])
+        turned = matrix.reshape(ROWS, ROWS, GROUP).copy()
+        for row in range(ROWS):
+            turned[row, row] = turned[row, row, order]
+        turned = turned.reshape(matrix.shape)
+        assert _difference(loss(jnp.asarray(given[:, order]), jnp.asarray(turned)), expected) <= 1e-5
+        unsorted = model.distill_loss(theirs, targets[:, order], torch.tensor(turned) / TEMPERATURE, group_size=GROUP)
+        assert abs(unsorted.item() - expected.item()) > 0.1
+
+
+@pytest.mark.parametrize("reference", ["FlagEmbedding"], indirect=True)
+@pytest.mark.parametrize(("teacher", "theirs"), [("group", "kl_div"), ("sequential", "m3_kd_loss")])
+def test_loss_with_a_teacher(reference, to_ours, teacher, theirs):
+    """The whole objective: the teacher comes into the loss of every head and of the ensemble."""
+    config, module = reference(-1)
+    module.peer.kd_loss_type = theirs
+    queries, passages = _batch(config, 0)
+    given = -np.sort(-np.random.default_rng(4).normal(size=(ROWS, GROUP)).astype(np.float32))
+    expected, _ = module(_tensor(queries), _tensor(passages), teacher_scores=given.ravel().tolist())
+    (_, (_, s)), _ = _gradients(config, to_ours(config, _named(module)), _pad(queries), _pad(passages), True)
+    positives, more = jnp.arange(ROWS) * GROUP, {"teacher": teacher, "teacher_scores": jnp.asarray(given)}
+    loss, _ = m3_loss(s, positives, temperature=TEMPERATURE, distill=True, **more)
+    assert _difference(loss, expected) <= 1e-5
 
 
 def _loss(config, params, queries, passages, distill):

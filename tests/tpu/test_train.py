@@ -82,6 +82,9 @@ def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record
         rows(b * group, length, dtype=jnp.bool_),
         rows(b * group, 2, dtype=jnp.uint32),
         rows(b, 1, 2, dtype=jnp.uint32),
+        rows(b * group, dtype=jnp.bool_),
+        rows(b, dtype=jnp.bool_),
+        rows(b, group, dtype=jnp.float32),
     )
     start = time.perf_counter()
     with jax.set_mesh(mesh):

@@ -1,16 +1,21 @@
-"""Prepared rows to batches of NumPy arrays: the order of rows, length groups, drawn positives and negatives, prefetch.
-All of it is a pure function of (seed, step), so a run resumes at any step; devices and meshes are not known here.
+"""Prepared rows to batches of NumPy arrays: drawn positives and negatives, padding, prefetch.
+All of it is a pure function of (seed, step), so a run resumes at any step; which rows a step has is in `order`, which rows
+make batches with which in `streams`. Devices and meshes are not known here.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from m3jax.batching import bucket_length, pad
+from m3jax.batching import pad
 from train.data.builders import Row
+from train.data.order import Order, shuffled
+from train.data.streams import LengthGroup, Source, Stream, fills, group_sizes, make_streams, shapes
+
+# Passages from here on are long enough to be cut in three: about the reference's 100 characters, in tokens.
+_LONG = 32
 
 
 class Batch(NamedTuple):
@@ -19,6 +24,10 @@ class Batch(NamedTuple):
     Row i·G of the passages is query i's positive, the next G − 1 its negatives. Masks: True = real token. Equal rows of
     `passage_identity` are equal passages (`builders.Row`). `known_identity` holds all M positives of each row, a row with
     fewer has them repeated, so that a loss takes none of them for a negative of the row's query.
+
+    A row that brings fewer than G passages has `<s> </s>` in the places that are left, with `passage_present` False: they
+    are nobody's candidates. `own_group` rows have the passages of their own group as candidates only. `teacher_scores` are
+    −inf where a passage has none: all of a row that has no scores, places left, and passages of other rows.
     """
 
     query_ids: np.ndarray  # int32 [B, Lq]
@@ -27,150 +36,32 @@ class Batch(NamedTuple):
     passage_mask: np.ndarray  # bool [B·G, Lp]
     passage_identity: np.ndarray  # uint32 [B·G, 2]
     known_identity: np.ndarray  # uint32 [B, M, 2]
+    passage_present: np.ndarray  # bool [B·G]
+    own_group: np.ndarray  # bool [B]
+    teacher_scores: np.ndarray  # float32 [B, G]
 
 
-class LengthGroup(NamedTuple):
-    """Rows whose longest text (query or any passage) has at most `max_length` ids, and no shorter group takes.
-
-    `batch_size` is global: the rows of one step on all devices together.
-    """
-
-    max_length: int
-    batch_size: int
-
-
-class Source(Protocol):
-    """What the pipeline reads; `builders.RowSource` is one."""
-
-    query_lengths: np.ndarray
-    passage_lengths: np.ndarray
-    positives: np.ndarray
-    negatives: np.ndarray
-    query_max_length: int
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: Sequence[int] | np.ndarray) -> list[Row]: ...
-
-
-def shuffled(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The places int64 of `indices` in the seed's permutation of `count` places, in memory that `count` does not touch.
-
-    Each step (times an odd number, xor with the upper half) is a bijection of ⌈log2 count⌉ bits; what leaves the range is
-    mapped again until it is back, under two times on average. (Grain's index_shuffle does the same on at least 16 bits:
-    measured 0.8 ms an index for 60 places, 4 µs for 50,000; this one takes 0.1 µs.)
-
-    >>> shuffled(np.arange(3), 3, seed=0).tolist()
-    [2, 1, 0]
-    """
-    bits = (count - 1).bit_length()
-    keys = np.random.SeedSequence(seed).generate_state(12, np.uint64).reshape(6, 2)
-    low = np.uint64(2**bits - 1)
-    half = np.uint64((bits + 1) // 2)
-    places = np.asarray(indices, np.uint64)
-    outside = np.ones(places.shape, bool)
-    while outside.any():
-        x = places[outside]
-        for factor, shift in keys:
-            x = (x * (factor | np.uint64(1)) + shift) & low
-            x ^= x >> half
-        places[outside] = x
-        outside = places >= count
-    return places.astype(np.int64)
-
-
-class Draw(NamedTuple):
-    """The rows of one step: their length group, and int64 `[batch size]` each one's place in the group and epoch."""
-
-    group: int
-    places: np.ndarray
-    epochs: np.ndarray
-
-
-class Order:
-    """Which rows make which step's batch: (seed, group sizes, batch sizes, step) and nothing else decide.
-
-    A group of n rows in batches of b is an endless stream: epoch after epoch, each a new shuffle of all n rows, cut into
-    batches of b without regard to where epochs meet, so that every batch is full and no row is left out. No batch
-    holds a row twice. Round r of the steps holds each group's batches number ⌊r·n/b⌋ up to ⌊(r + 1)·n/b⌋, shuffled: every
-    round is one epoch of every group, to within one batch.
-    """
-
-    def __init__(self, seed: int, sizes: Sequence[int], batch_sizes: Sequence[int]):
-        for n, b in zip(sizes, batch_sizes, strict=True):
-            if b < 1 or 0 < n < b:
-                raise ValueError(f"a group of {n} rows cannot fill a batch of {b} rows, or the batch is empty.")
-        if not any(sizes):
-            raise ValueError("there are no rows to order.")
-        self._seed = seed
-        self._sizes = list(sizes)
-        self._batch_sizes = list(batch_sizes)
-        # One epoch's exceptions serve all its batches, and few epochs are in use at once.
-        self._moved = functools.lru_cache(maxsize=64)(self._find_moved)
-
-    def steps_in(self, epochs: int) -> int:
-        """The number of steps after which `epochs` rounds are complete."""
-        return sum(epochs * n // b for n, b in zip(self._sizes, self._batch_sizes, strict=True))
-
-    def draw(self, step: int) -> Draw:
-        """The group, places and epochs of this step's rows."""
-        # steps_in(r) lies within len(sizes) of r times the exact number of steps of a round.
-        r = int(step / sum(n / b for n, b in zip(self._sizes, self._batch_sizes, strict=True)))
-        while self.steps_in(r) > step:
-            r -= 1
-        while self.steps_in(r + 1) <= step:
-            r += 1
-        first = self.steps_in(r)
-        ordinal = int(shuffled(np.array([step - first]), self.steps_in(r + 1) - first, self._key(0, r))[0])
-        for group, (n, b) in enumerate(zip(self._sizes, self._batch_sizes, strict=True)):
-            start, stop = r * n // b, (r + 1) * n // b
-            if ordinal < stop - start:
-                epochs, positions = np.divmod((start + ordinal) * b + np.arange(b), n)
-                places = [self._places(group, int(e), positions[epochs == e]) for e in np.unique(epochs)]
-                return Draw(group, np.concatenate(places), epochs)
-            ordinal -= stop - start
-        raise AssertionError("steps_in counts the batches of all groups")
-
-    def _places(self, group: int, epoch: int, positions: np.ndarray) -> np.ndarray:
-        places = self._unmoved(group, epoch, positions)
-        for position, place in self._moved(group, epoch).items():
-            places[positions == position] = place
-        return places
-
-    def _unmoved(self, group: int, epoch: int, positions: np.ndarray) -> np.ndarray:
-        n, b = self._sizes[group], self._batch_sizes[group]
-        # Under two batches of rows there is no room to move (below); one order for all epochs repeats after n ≥ b rows.
-        return shuffled(positions, n, self._key(1 + group, epoch if n >= 2 * b else 0))
-
-    def _find_moved(self, group: int, epoch: int) -> dict[int, int]:
-        """Exceptions to the epoch's shuffle, position → place, that keep a batch across two epochs free of repeats.
-
-        Rows at the head that the tail of the same batch (the end of the epoch before) holds already change places with
-        the next rows that it does not hold. Those are among the epoch's first b positions, and with n ≥ 2b its own
-        tail begins after them, so no exception depends on another epoch's.
-        """
-        n, b = self._sizes[group], self._batch_sizes[group]
-        tail = epoch * n % b
-        if epoch == 0 or tail == 0 or n < 2 * b:
-            return {}
-        taken = set(self._unmoved(group, epoch - 1, np.arange(n - tail, n)).tolist())
-        places = self._unmoved(group, epoch, np.arange(b)).tolist()
-        head = b - tail
-        repeats = [position for position in range(head) if places[position] in taken]
-        free = [position for position in range(head, b) if places[position] not in taken]
-        moved: dict[int, int] = {}
-        for position, other in zip(repeats, free[: len(repeats)], strict=True):
-            moved[position], moved[other] = places[other], places[position]
-        return moved
-
-    def _key(self, *key: int) -> int:
-        return int(np.random.SeedSequence((self._seed, *key)).generate_state(1, np.uint64)[0])
+class _Passage(NamedTuple):
+    ids: np.ndarray
+    identity: np.ndarray
+    score: float = -np.inf
+    present: bool = True
 
 
 class Batches:
-    """Step → `Batch`, by index: what `make_batches` prefetches; its arguments are explained there.
+    """Step → `Batch`, by index, the same from any start: `prefetch` reads ahead in it.
 
-    `order` is the steps' order; `shapes` are each group's static (Lq, Lp), None where it has no rows.
+    A row belongs to the length group of its longest text, and batches are of one group and, with `same_dataset`, of one
+    dataset: a stream (`make_streams`). The `streams` come in a seeded order, `weights` times as often as their number of rows
+    says (`order`). A query has one positive drawn from its own and negatives of its own without repeats, `group_size` − 1 or
+    what its type says (`builders.prepare`); where it has fewer, positives of random other rows of its stream fill up (which
+    fit), never one equal to a positive of its own. A passage of 32 ids or more has its thirds in a random order with the
+    probability `shuffle_segments`. Passages are as long as the longest of the length group needs, in `bucket_length`, queries
+    as the longest of the global batch needs, in `query_bucket`, both multiples of `step`: `shapes` are all that may come. Of
+    the `parts` equal parts of a batch's rows, one after another, come those numbered in `held`.
+
+    ValueError for rows longer than the last group, for rows too few for a batch of it, for fills that do not exist, and for
+    what `make_streams` refuses.
     """
 
     def __init__(
@@ -181,6 +72,10 @@ class Batches:
         groups: Sequence[LengthGroup],
         group_size: int,
         pad_id: int,
+        same_dataset: bool = True,
+        weights: Sequence[float] = (),
+        shuffle_segments: float = 0.0,
+        step: int = 1,
         held: Sequence[int] = (0,),
         parts: int = 1,
     ):
@@ -196,59 +91,69 @@ class Batches:
                 )
         self._source = source
         self._seed = seed
-        self._groups = list(groups)
-        self._group_size = group_size
         self._pad_id = pad_id
+        self._shuffle_segments = shuffle_segments
         self._held = list(held)
         self._parts = parts
-        self._members = _members(source, groups)
         self._most_positives = int(source.positives.max())
-        self.order = Order(seed, [len(m) for m in self._members], [g.batch_size for g in groups])
-        self.shapes: list[tuple[int, int] | None] = [
-            # A bucket may lie past what texts were cut to, and past the position table.
-            (
-                min(bucket_length(source.query_lengths[m].max()), source.query_max_length, group.max_length),
-                min(bucket_length(source.passage_lengths[m].max()), group.max_length),
-            )
-            if len(m)
-            else None
-            for m, group in zip(self._members, groups, strict=True)
-        ]
-        for group, members in zip(groups, self._members, strict=True):
-            self._check_fill(group, members)
+        self._sizes = group_sizes(source, group_size)
+        self._fills = fills(source)
+        self._own_group = np.repeat([d.own_group for d in source.datasets], [d.rows for d in source.datasets])
+        self.streams = make_streams(source, groups, group_size, same_dataset, weights, step=step)
+        self.shapes = shapes(source, self.streams)
+        self.order = Order(
+            seed,
+            [len(stream.members) for stream in self.streams],
+            [stream.batch_size for stream in self.streams],
+            [stream.weight for stream in self.streams],
+        )
+        for stream in self.streams:
+            self._check_fill(stream)
 
     def __getitem__(self, step: int) -> Batch:
         draw = self.order.draw(step)
-        members = self._members[draw.group]
-        mine = np.arange(len(draw.places)).reshape(self._parts, -1)[self._held].ravel()
-        indices = members[draw.places[mine]]
+        stream = self.streams[draw.stream]
+        everyone = stream.members[draw.places]
+        # Of the global batch, so that all processes have one shape.
+        query_length = stream.queries_as_long_as(self._source.query_lengths[everyone].max())
+        mine = np.arange(len(everyone)).reshape(self._parts, -1)[self._held].ravel()
+        indices = everyone[mine]
         rows = self._source.rows(indices)
-        passages: list[np.ndarray] = []
-        identity: list[np.ndarray] = []
-        for index, epoch, row in zip(indices, draw.epochs[mine], rows, strict=True):
-            for ids, key in self._draw_passages(int(index), epoch, row, members):
-                passages.append(ids)
-                identity.append(key)
-        shape = self.shapes[draw.group]
-        assert shape is not None
-        query_length, passage_length = shape
-        query_ids, query_mask = pad([row.query for row in rows], len(mine), query_length, self._pad_id)
-        passage_ids, passage_mask = pad(passages, len(passages), passage_length, self._pad_id)
+        passages: list[_Passage] = []
+        for index, epoch, row in zip(indices.tolist(), draw.epochs[mine].tolist(), rows, strict=True):
+            drawn = list(self._draw_passages(index, epoch, row, stream.members))
+            # Not a row of padding alone: it would have no first token to be embedded by.
+            missing = stream.group_size - len(drawn)
+            nothing = _Passage(row.query[[0, -1]], np.zeros(2, np.uint32), present=False)
+            passages += self._with_segments_shuffled(index, epoch, drawn) + [nothing] * missing
+        query_ids, query_mask = pad([row.query for row in rows], len(rows), query_length, self._pad_id)
+        passage_ids, passage_mask = pad(
+            [passage.ids for passage in passages], len(passages), stream.passage_length, self._pad_id
+        )
         # As wide as the source needs anywhere: a batch's own maximum would be another shape to compile for.
         known = np.stack([row.identity[np.arange(self._most_positives) % row.positives] for row in rows])
-        return Batch(query_ids, query_mask, passage_ids, passage_mask, np.stack(identity), known)
+        return Batch(
+            query_ids,
+            query_mask,
+            passage_ids,
+            passage_mask,
+            np.stack([passage.identity for passage in passages]),
+            known,
+            np.array([passage.present for passage in passages]),
+            self._own_group[indices],
+            np.array([passage.score for passage in passages], np.float32).reshape(len(rows), -1),
+        )
 
-    def _draw_passages(
-        self, index: int, epoch: int, row: Row, members: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """One positive, then `group_size` − 1 negatives, as (ids, identity); (seed, index, epoch) decide."""
+    def _draw_passages(self, index: int, epoch: int, row: Row, members: np.ndarray) -> Iterator[_Passage]:
+        """One positive, then the negatives that the row brings; (seed, index, epoch) decide."""
         random = np.random.default_rng((self._seed, index, epoch, 1))  # 1: apart from the shuffles' keys, which have 3
-        yield _passage(row, int(random.integers(row.positives)))
+        positive = int(random.integers(row.positives))
+        yield _of(row, positive)
         negatives = len(row.passages) - row.positives
-        own = random.permutation(negatives)[: self._group_size - 1] + row.positives
+        own = random.permutation(negatives)[: self._sizes[index] - 1] + row.positives
         for passage in own:
-            yield _passage(row, int(passage))
-        missing = self._group_size - 1 - len(own)
+            yield _of(row, int(passage))
+        missing = self._sizes[index] - 1 - len(own)
         unwanted = {tuple(key) for key in row.identity[: row.positives].tolist()}
         unwanted |= {tuple(key) for key in row.identity[own].tolist()}
         seed = int(random.integers(2**32))
@@ -261,16 +166,31 @@ class Batches:
                 if candidates := [passage for passage, key in enumerate(keys) if key not in unwanted]:
                     passage = int(random.choice(candidates))
                     unwanted.add(keys[passage])
-                    yield _passage(other, passage)
+                    yield _of(other, passage)._replace(score=-np.inf)  # which was for the other's query
                     missing -= 1
         assert missing == 0, "_check_fill has counted enough different positives"
 
-    def _check_fill(self, group: LengthGroup, members: np.ndarray) -> None:
+    def _with_segments_shuffled(self, index: int, epoch: int, passages: list[_Passage]) -> list[_Passage]:
+        """Long passages, each with the probability `shuffle_segments`, with their thirds in a random order (PAPER §3)."""
+        if not self._shuffle_segments:
+            return passages
+        random = np.random.default_rng((self._seed, index, epoch, 2))
+        return [
+            # Its identity stays: it answers the same queries.
+            passage._replace(ids=segments_shuffled(passage.ids, random))
+            if random.random() < self._shuffle_segments and len(passage.ids) >= _LONG
+            else passage
+            for passage in passages
+        ]
+
+    def _check_fill(self, stream: Stream) -> None:
         """A row's positives and its other negatives are all that a fill must differ from."""
-        short = members[self._source.negatives[members] < self._group_size - 1]
+        members = stream.members
+        missing = self._sizes[members] - 1 - self._source.negatives[members]
+        short = members[(missing > 0) & self._fills[members]]
         if not len(short):
             return
-        needed = int(self._source.positives[short].max()) + self._group_size - 1
+        needed = int(self._source.positives[short].max()) + stream.group_size - 1
         found: set[tuple[int, int]] = set()
         for start in range(0, len(members), 64):
             for row in self._source.rows(members[start : start + 64]):
@@ -278,76 +198,27 @@ class Batches:
             if len(found) >= needed:
                 return
         raise ValueError(
-            f"{len(short)} rows of the length group up to {group.max_length} have fewer than {self._group_size - 1} "
-            f"negatives of their own, and the positives of its other rows are too few to fill them: {needed} different "
-            f"ones are needed, {len(found)} exist. Lower group_size, give the rows negatives, or join length groups."
+            f"{len(short)} rows of up to {stream.passage_length} token ids have fewer than {stream.group_size - 1} negatives "
+            f"of their own, and the positives of the rows that they make batches with are too few to fill them: {needed} "
+            f"different ones are needed, {len(found)} exist. Lower group_size, give the rows negatives, or join length groups."
         )
 
 
-def make_batches(
-    source: Source,
-    *,
-    seed: int,
-    groups: Sequence[LengthGroup],
-    group_size: int,
-    start_step: int,
-    num_steps: int,
-    pad_id: int,
-    held: Sequence[int] = (0,),
-    parts: int = 1,
-) -> Iterator[Batch]:
-    """The batches of steps `start_step` to `num_steps` − 1, prefetched by Grain's threads; step s is the same from any start.
-
-    A row belongs to the length group of its longest text; the groups come in a seeded order in proportion to their
-    rows (`Order`). A query has one positive drawn from its own and `group_size` − 1 of its negatives without
-    repeats; where it has fewer, positives of random other rows of its length group fill up (of the same group, so that
-    they fit), never one equal to a positive of its own. Rows are as long as a group's longest query and longest
-    passage need, in `bucket_length`, the same at each step. Of the `parts` equal parts of a batch's rows, one after
-    another, come those numbered in `held`. ValueError, before the first batch, for rows longer than the last group, for
-    groups with fewer rows than a batch and for fills that do not exist.
-    """
-    batches = Batches(
-        source,
-        seed=seed,
-        groups=groups,
-        group_size=group_size,
-        pad_id=pad_id,
-        held=held,
-        parts=parts,
-    )
-    return prefetch(batches, start_step, num_steps)
-
-
 def prefetch(batches: Batches, start_step: int, num_steps: int) -> Iterator[Batch]:
-    """The batches of steps `start_step` to `num_steps` − 1 in order, a few ahead of the reader on two threads."""
+    """The batches of steps `start_step` to `num_steps` − 1 in order, a few ahead of the reader on two of Grain's threads."""
     steps = grain.MapDataset.range(start_step, num_steps).map(batches.__getitem__)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def _passage(row: Row, passage: int) -> tuple[np.ndarray, np.ndarray]:
-    return row.passages[passage], row.identity[passage]
+def _of(row: Row, passage: int) -> _Passage:
+    return _Passage(row.passages[passage], row.identity[passage], float(row.scores[passage]))
 
 
-def _members(source: Source, groups: Sequence[LengthGroup]) -> list[np.ndarray]:
-    """Each group's rows in the source's order; ValueError for rows that no group takes, or too few for a batch."""
-    longest = np.maximum(source.query_lengths, source.passage_lengths)
-    bounds = [group.max_length for group in groups]
-    group_of = np.searchsorted(bounds, longest)
-    if over := int((group_of == len(groups)).sum()):
-        raise ValueError(
-            f"{over} rows are longer than the last length group: their longest text has up to {longest.max()} token "
-            f"ids, the groups end at {bounds[-1]}. Add a group, or lower query_max_length and passage_max_length."
-        )
-    members = [np.flatnonzero(group_of == g) for g in range(len(groups))]
-    for group, rows in zip(groups, members, strict=True):
-        if 0 < len(rows) < group.batch_size:
-            sizes = ", ".join(
-                f"up to {g.max_length}: {len(m)} rows, batch {g.batch_size}"
-                for g, m in zip(groups, members, strict=True)
-            )
-            raise ValueError(
-                f"the length group up to {group.max_length} has {len(rows)} rows, fewer than its batch_size "
-                f"{group.batch_size}: a batch would hold a row twice. Lower that batch_size or remove the group's "
-                f"bound, so that the next longer one takes its rows. Groups: {sizes}."
-            )
-    return members
+def segments_shuffled(ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The tokens between `<s>` and `</s>` in three segments of equal length (to a token), in a random order of the six.
+
+    >>> segments_shuffled(np.array([0, 5, 6, 7, 8, 2]), np.random.default_rng(0))
+    array([0, 8, 5, 6, 7, 2])
+    """
+    segments = np.array_split(ids[1:-1], 3)
+    return np.concatenate([ids[:1], *(segments[place] for place in random.permutation(3)), ids[-1:]])
