@@ -98,9 +98,9 @@ def group_distillation(
     >>> group_distillation(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 0.0, 9.0]]), jnp.array([0]), 1.0)
     Array(0.6931472, dtype=float32)
     """
-    target, scored, taught = _targets(teacher, teacher_temperature)
+    target, scored = _targets(teacher, teacher_temperature)
     own = jnp.take_along_axis(student, _columns(teacher, positives), axis=1)
-    logs = jnp.where(scored, _log_softmax(own, temperature, scored | ~taught[:, None]), 0.0)
+    logs = jnp.where(scored, _log_softmax(own, temperature, scored), 0.0)
     return -(target * logs).sum(axis=1).mean()
 
 
@@ -122,13 +122,12 @@ def sequential_distillation(
     >>> sequential_distillation(jnp.array([[0.0, 0.0]]), jnp.array([[0.0, 0.0]]), jnp.array([0]), 1.0)
     Array(0.3465736, dtype=float32)
     """
-    target, scored, _ = _targets(teacher, teacher_temperature)
+    target, scored = _targets(teacher, teacher_temperature)
     logits, columns = student.astype(jnp.float32) / temperature, _columns(teacher, positives)
     in_group = ((columns[:, :, None] == jnp.arange(logits.shape[1])) & scored[:, :, None]).any(axis=1)
     outside = ~in_group if allowed is None else allowed & ~in_group
-    # Finite in place of −inf: where a row has nobody outside, its gradient would be 0/0.
-    others = jax.nn.logsumexp(jnp.where(outside, logits, _NOBODY), axis=1, keepdims=True)
-    own = jnp.where(scored, jnp.take_along_axis(logits, columns, axis=1), _NOBODY)
+    others = jax.nn.logsumexp(logits, axis=1, where=outside, keepdims=True)
+    own = jnp.where(scored, jnp.take_along_axis(logits, columns, axis=1), -jnp.inf)
     order = jnp.argsort(-teacher, axis=1)  # what has no score comes last; equal scores stay in the order they came in
     target, scored, own = (jnp.take_along_axis(x, order, axis=1) for x in (target, scored, own))
     below = jnp.logaddexp(jax.lax.cumlogsumexp(own, axis=1, reverse=True), others)
@@ -191,17 +190,11 @@ def m3_loss(
     return loss, parts | {f"distill/{name}": value for name, value in distilled.items()}
 
 
-# A logit of no candidate that float32 can subtract another from.
-_NOBODY = -1e30
-
-
-def _targets(teacher: Array, temperature: float | Array) -> tuple[Array, Array, Array]:
-    """softmax(teacher / temperature) over each row's scores, 0 where there is none; which passages and which rows have some."""
+def _targets(teacher: Array, temperature: float | Array) -> tuple[Array, Array]:
+    """softmax(teacher / temperature) over each row's scores, 0 where there is none; and where there is one."""
     scored = jnp.isfinite(teacher)
-    taught = scored.any(axis=1)
-    # A softmax over nothing would be NaN, so that of a row without scores ranges over zeros.
-    logs = _log_softmax(jnp.where(scored, teacher, 0.0), temperature, scored | ~taught[:, None])
-    return jnp.where(scored, jnp.exp(logs), 0.0), scored, taught
+    # The softmax of a row without scores is NaN, of which nothing is used.
+    return jnp.where(scored, jnp.exp(_log_softmax(teacher, temperature, scored)), 0.0), scored
 
 
 def _columns(teacher: Array, positives: Array) -> Array:

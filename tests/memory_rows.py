@@ -37,6 +37,9 @@ class Memory:
             rows.append(Row(query, passages, int(self.positives[i]), identity, scores))
         return rows
 
+    def places(self, indices):
+        return [f"rows.jsonl:{i + 1}" for i in indices]
+
 
 def text(row, passage, length):
     """[0, row, passage, 2], with 5s before the 2 where it is longer."""

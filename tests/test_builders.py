@@ -128,7 +128,8 @@ def test_interrupted_preparation_is_not_taken_for_finished(prepared, tmp_path, m
     assert len(prepared()) == 4
 
 
-def test_texts_cut_are_counted_in_one_warning_every_time(prepared, tiny_tokenizer):
+def test_peer_2_10_texts_cut_are_counted_in_one_warning_every_time(prepared, tiny_tokenizer):
+    """PEER §2.10: there they are cut silently."""
     queries, _ = tiny_tokenizer.encode([(r.get("prompt") or "") + r["query"] for r in ROWS])
     passages, _ = tiny_tokenizer.encode([t for r in ROWS for t in (*r["pos"], *(r.get("neg") or []))])
     cut = sum(len(ids) > 8 for ids in queries), sum(len(ids) > 12 for ids in passages)
@@ -198,6 +199,8 @@ def test_datasets_are_prepared_each_by_itself(prepared, tmp_path, monkeypatch):
     order = [3, 0, 1, 0, 2]
     assert [row.query.tolist() for row in both.rows(order)] == [both.rows([i])[0].query.tolist() for i in order]
     assert [row.query.tolist() for row in turned.rows([3, 0])] == [row.query.tolist() for row in both.rows([0, 1])]
+    files = [one, two / "x.jsonl", two / "y.jsonl"]
+    assert both.places([3, 0, 1]) == [f"{files[2]}:2", f"{files[0]}:1", f"{files[1]}:1"]
     renamed = two.rename(tmp_path / "b")
     assert len({source.name for source in (alone, both, turned, prepared(one, renamed))}) == 4
     assert len(calls) == 2

@@ -58,7 +58,8 @@ def unpadded(ids, mask):
 # --- Batches ----------------------------------------------------------------------------------------------------------
 
 
-def test_resumed_equals_never_stopped(source):
+def test_peer_2_7_resumed_equals_never_stopped(source):
+    """PEER §2.7: there a run that goes on gets the same data again."""
     whole = batches(source)
     assert_same(batches(source, start=11), whole[11:])
     assert_same(batches(source), whole)
@@ -142,6 +143,18 @@ def test_rows_are_query_positive_negatives(source):
             positives_drawn.setdefault(query, set()).add(keys[0])
     assert filled and drawn
     assert any(len(keys) == 2 for keys in positives_drawn.values())  # both of two positives come
+
+
+def test_the_rows_of_a_step_are_traced_to_their_files(source):
+    rows = source.rows(range(len(source)))
+    prepared = Batches(source, seed=3, groups=GROUPS, group_size=4, pad_id=1)
+    for step in range(8):
+        group, places = prepared.places(step)
+        batch = prepared[step]
+        assert len(batch.query_ids) == group.batch_size == len(places)
+        for place, query in zip(places, unpadded(batch.query_ids, batch.query_mask), strict=True):
+            path, _, line = place.rpartition(":")
+            assert path.endswith("rows.jsonl") and tuple(rows[int(line) - 1].query.tolist()) == query
 
 
 def test_draws_change_with_the_epoch():

@@ -34,10 +34,13 @@ def refused(message, of, **changes):
 def test_a_stream_is_of_one_dataset_and_length_group():
     of = source()
     made = streams(of, groups=[LengthGroup(16, 3), LengthGroup(64, 2)])
-    assert [stream.batch_size for stream in made] == [3, 3, 3, 2, 2, 2]
+    assert [stream.group.batch_size for stream in made] == [3, 3, 3, 2, 2, 2]
     assert [stream.members.tolist() for stream in made[:3]] == [[0, 2, 4, 6, 8], [10, 12, 14], [16, 18, 20, 22]]
     assert [stream.members.tolist() for stream in made[3:]] == [[1, 3, 5, 7, 9], [11, 13, 15], [17, 19, 21, 23]]
     assert {stream.weight for stream in made} == {1.0}
+    assert [(stream.dataset, stream.group.max_length) for stream in made] == [
+        (dataset.path, bound) for bound in (16, 64) for dataset in THREE
+    ]
 
 
 def test_datasets_mix_where_that_is_asked():
@@ -66,7 +69,7 @@ def test_rows_too_few_for_a_batch_go_with_longer_ones():
     assert [str(w.message) for w in caught] == [
         "b.jsonl: 3 rows of up to 16 token ids are too few for a batch of 4; they go with those of up to 48."
     ]
-    assert [(s.batch_size, s.passage_length) for s in made] == [(4, 16)] * 2 + [(2, 40)] * 3
+    assert [(s.group.batch_size, s.passage_length) for s in made] == [(4, 16)] * 2 + [(2, 40)] * 3
     assert made[3].members.tolist() == list(range(10, 16))
     with pytest.warns(UserWarning, match="too few"):  # two groups on
         assert (

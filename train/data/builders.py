@@ -67,6 +67,7 @@ class RowSource:
             Dataset(str(path), len(records), own_group(path))
             for path, records in zip(paths, self._records, strict=True)
         ]
+        self._files = [path for builder in builders for path in _config(builder).files]
         self._starts = np.cumsum([0, *(dataset.rows for dataset in self.datasets)])
         self.counts = Counter[str]()
         for builder in builders:
@@ -88,6 +89,13 @@ class RowSource:
             records = self._records[of].__getitems__((mine - self._starts[of]).tolist())
             found |= zip(mine.tolist(), map(_row, records), strict=True)
         return [found[index] for index in wanted.tolist()]
+
+    def places(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """Where the rows of these indices stand, path:line, in their order; the files are read again up to the last of them."""
+        wanted = {int(index) for index in indices}
+        lines = enumerate(where for path in self._files for where, _ in read_lines(path))
+        found = {row: where for row, where in itertools.islice(lines, max(wanted) + 1) if row in wanted}
+        return [found[int(index)] for index in indices]
 
 
 def _row(record: dict[str, Any]) -> Row:

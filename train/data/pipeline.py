@@ -104,11 +104,17 @@ class Batches:
         self.order = Order(
             seed,
             [len(stream.members) for stream in self.streams],
-            [stream.batch_size for stream in self.streams],
+            [stream.group.batch_size for stream in self.streams],
             [stream.weight for stream in self.streams],
         )
         for stream in self.streams:
             self._check_fill(stream)
+
+    def places(self, step: int) -> tuple[LengthGroup, list[str]]:
+        """The length group of a step's batch, and where its rows stand in their files, in the batch's order."""
+        draw = self.order.draw(step)
+        stream = self.streams[draw.stream]
+        return stream.group, self._source.places(stream.members[draw.places])
 
     def __getitem__(self, step: int) -> Batch:
         draw = self.order.draw(step)

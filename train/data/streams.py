@@ -33,6 +33,8 @@ class Source(Protocol):
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[Row]: ...
 
+    def places(self, indices: Sequence[int] | np.ndarray) -> list[str]: ...
+
 
 class LengthGroup(NamedTuple):
     """Rows whose longest text (query or any passage) has at most `max_length` ids, and no shorter group takes.
@@ -45,14 +47,15 @@ class LengthGroup(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Rows that make batches with each other, `members` int64 their indices; its batches' sizes, one step's rows in all.
+    """Rows that make batches with each other, `members` int64 their indices, and the sizes of their batches.
 
-    `query_length` is the longest: a batch's is `query_bucket` of its own longest query, where that is less. `weight`: how
-    often a row comes in a round of all streams.
+    `dataset`: its path, or that it is all of them. `query_length` is the longest: a batch's is `query_bucket` of its own
+    longest query, where that is less. `weight`: how often a row comes in a round of all streams.
     """
 
+    dataset: str
+    group: LengthGroup
     members: np.ndarray
-    batch_size: int
     group_size: int
     query_length: int
     passage_length: int
@@ -143,7 +146,7 @@ def make_streams(
             if len(members):
                 largest = int(sizes[members].max())
                 lengths = (query_length, passage_length)
-                streams.append(Stream(members, group.batch_size, largest, *lengths, weight, step))
+                streams.append(Stream(dataset.path, group, members, largest, *lengths, weight, step))
     return streams
 
 
@@ -153,9 +156,9 @@ def shapes(source: Source, streams: Sequence[Stream]) -> set[Shape]:
     The longest of b queries is at least as long as the b-th shortest.
     """
     return {
-        Shape(stream.batch_size, stream.group_size, stream.queries_as_long_as(longest), stream.passage_length)
+        Shape(stream.group.batch_size, stream.group_size, stream.queries_as_long_as(longest), stream.passage_length)
         for stream in streams
-        for longest in np.unique(np.sort(source.query_lengths[stream.members])[stream.batch_size - 1 :]).tolist()
+        for longest in np.unique(np.sort(source.query_lengths[stream.members])[stream.group.batch_size - 1 :]).tolist()
     }
 
 
