@@ -68,5 +68,6 @@ def get_config() -> ConfigDict:
     config.example.query = "*"  # the first query whose id matches
     config.example.language = ""  # its language, in words
     config.save_every = 1000  # steps
-    config.keep_checkpoints = 2
+    config.keep_checkpoints = 2  # the last ones
+    config.keep_best = "dev/all/ndcg_at_10"  # and the one with the highest such score on data.dev; "" keeps none for it
     return config

@@ -187,3 +187,43 @@ def test_the_last_ones_are_kept(model, params, tiny_tokenizer, tmp_path):
         for step in (1, 2, 3, 3):  # the second 3 is there already, and left
             saved.save(model, tiny_tokenizer, TrainState(state.params, state.optimizer, state.step), step)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdecimal()) == ["2", "3"]
+
+
+def steps(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def test_the_best_one_is_kept_too(model, params, tiny_tokenizer, tmp_path):
+    """Of steps without scores, and with another score only, none is the best; of equal ones the later is."""
+    state = new_state(params)
+
+    def save(saved, step, **scores):
+        saved.save(model, tiny_tokenizer, state, step, {f"dev/{name}/ndcg": value for name, value in scores.items()})
+
+    arguments = {"keep": 2, "best": "dev/all/ndcg", "settings": SETTINGS}
+    with Checkpoints(tmp_path, **arguments) as saved:
+        assert (
+            saved.best is None and saved.is_best({"dev/all/ndcg": 0.0}) and not saved.is_best({"dev/dense/ndcg": 1.0})
+        )
+        save(saved, 1)
+        save(saved, 2, dense=0.9)
+        assert saved.best is None
+        save(saved, 3, all=0.5, dense=0.1)
+        assert saved.best == (3, 0.5) and not saved.is_best({"dev/all/ndcg": 0.4}) and not saved.is_best({})
+        for step in (4, 5, 6):
+            save(saved, step, all=0.4)
+    assert steps(tmp_path) == [3, 5, 6]
+    with Checkpoints(tmp_path, **arguments) as saved:  # a run that goes on knows it
+        assert saved.best == (3, 0.5) and saved.last == 6
+        save(saved, 7)
+        save(saved, 8, all=0.5)
+        assert saved.best == (8, 0.5)
+        save(saved, 9)
+    assert steps(tmp_path) == [8, 9]
+    with Checkpoints(tmp_path, keep=1, best="dev/dense/ndcg", settings=SETTINGS) as saved:
+        assert saved.best is None  # another score: the steps that are there do not have it
+        save(saved, 10)
+    with Checkpoints(tmp_path, keep=1, settings=SETTINGS) as saved:
+        assert saved.best is None and not saved.is_best({"dev/all/ndcg": 1.0})
+        save(saved, 11, all=1.0)
+    assert steps(tmp_path) == [11]

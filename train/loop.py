@@ -1,7 +1,7 @@
 """The story of a run: prepare → build → restore → (step, log, evaluate, save)* → release → report.
 
-Not here: what it starts from (start.py), what a step computes (step.py), what a measure means (evaluate.py), how results look
-(report.py).
+Not here: what it starts from (start.py), what a step computes (step.py) and what is seen of it
+(meter.py), what a measure means (evaluate.py), how results look (report.py).
 """
 
 import dataclasses
@@ -9,19 +9,15 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
-from tqdm import tqdm
 
 import m3jax
 from m3jax.card import CARD
@@ -30,15 +26,18 @@ from m3jax.sharding import make_mesh
 from train import Config
 from train.checkpoints import Checkpoints
 from train.console import describe, say
-from train.data.builders import prepare
-from train.data.pipeline import Batch, make_batches
+from train.data.pipeline import prefetch
 from train.evaluate import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
-from train.optimizer import learning_rate, make_optimizer
+from train.flops import matrix_rate
+from train.log import Log
+from train.meter import Meter
+from train.optimizer import make_optimizer
+from train.preemption import Preemption, Stopped
 from train.release import card_of_run
 from train.report import write_report
-from train.start import check, length_groups, listed, path_of, read_sets, start_model
+from train.start import check, listed, path_of, read_rows, read_sets, start_batches, start_model
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
 from train.tasks import Task
@@ -63,29 +62,34 @@ _KEPT = (
 def train(config: Config) -> dict[str, Any]:
     """Run `config` (every key is in configs/base.py) from its beginning or its last checkpoint to its report.
 
-    Returns the content of results.json. Raises ValueError, before training starts, on data, sizes or settings that cannot
-    be trained, and during it on a loss that is not finite.
+    Returns the content of results.json. Raises ValueError, before
+    training starts, on data, sizes or settings that cannot be trained, and during it on a loss that is not finite; Stopped
+    when SIGTERM asks for it, with the last step saved.
     """
     check(config)
+    with Preemption() as preemption:
+        return _run(config, preemption)
+
+
+def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     dev, tests = read_sets(config)
     m3 = start_model(config)
-    source = prepare(
-        [path_of(config, path) for path in listed(config.data.train)],
-        m3.tokenizer,
-        data_dir=config.data.folder,
-        query_max_length=config.query_max_length,
-        passage_max_length=config.passage_max_length,
-    )
+    source = read_rows(config, m3.tokenizer)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    groups = length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    batches = start_batches(config, source, mesh, pad_id=m3.tokenizer.pad_id)
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
     settings = {key: config[key] for key in _KEPT} | {"data": source.name}
     optimizer = make_optimizer(config)
-    with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
+    folder = str(run / "checkpoints")
+    best = config.keep_best if dev else ""
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(folder, keep=config.keep_checkpoints, best=best, settings=settings) as saved,
+    ):
         saved.check(m3.config)  # before anything is written
         state = make_state(m3.params, optimizer, mesh)
         first = saved.last or 0
@@ -94,25 +98,32 @@ def train(config: Config) -> dict[str, Any]:
         if first:
             state = saved.restore(state)
             say(f"going on after step {first}")
-        log = _Log(run / "metrics.jsonl", after=first)
-        batches = make_batches(
-            source,
-            seed=config.seed,
-            groups=groups,
-            group_size=config.group_size,
-            start_step=first,
-            num_steps=config.steps,
-            pad_id=m3.tokenizer.pad_id,
-        )
         step = make_step(m3.config, FrozenConfigDict(config), optimizer, mesh, state)
-        for done, now in _steps(config, step, state, batches, first, log):
-            state = now
-            if dev and _at(config.evaluate_every, done, config):
-                clock.lap("train")
-                log.write(done, _dev_scores(config, _model(m3, state), dev))
-                clock.lap("evaluate")
-            if _at(config.save_every, done, config):
-                saved.save(m3.config, m3.tokenizer, state, done)
+        rate = matrix_rate(mesh, config.dtype)
+        with (
+            Log(run, after=first) as log,
+            Meter(config, log, batches, first=first, rate=rate) as meter,
+            preemption.deferred(),
+        ):
+            for done, batch in enumerate(prefetch(batches, first, config.steps), first + 1):
+                meter.begin(batch)
+                state, measures = step(state, batch)
+                meter.run(done, measures)
+                measuring = dev is not None and _at(config.evaluate_every, done, config)
+                saving = _at(config.save_every, done, config)
+                stopping = preemption.reached(done)
+                if measuring or saving or stopping:
+                    meter.finish()  # the state must be finite, and the line written
+                scores = {}
+                if dev is not None and measuring:
+                    clock.lap("train")
+                    scores = _dev_scores(config, _model(m3, state), dev)
+                    log.write(done, scores)
+                    clock.lap("evaluate")
+                if saving or stopping or saved.is_best(scores):
+                    saved.save(m3.config, m3.tokenizer, state, done, scores)
+                if stopping:
+                    raise Stopped(f"stopped after step {done:,}, which is saved")
         trained = _model(m3, state)
     clock.lap("train")
 
@@ -151,90 +162,21 @@ def train(config: Config) -> dict[str, Any]:
     write_whole(run / "model" / CARD, card_of_run(trained.config, results, kept))
     report = write_report(run)
     took = f" after going on from step {first}" if first else ""
+    better = ""
+    if saved.best and saved.best[0] != config.steps:
+        better = f"best    {folder}/{saved.best[0]}, {best} {saved.best[1]:.3f}\n"
     say("\n" + format_table(results))
     if example:
         say("\n" + format_example(example, bold=os.isatty(1)))
-    say(f"\nmodel   {run / 'model'}\nreport  {report}\nin {clock.total:.0f} s{took}; to try next:")
+    say(f"\nmodel   {run / 'model'}\n{better}report  {report}\nin {clock.total:.0f} s{took}; to try next:")
     for command in results["commands"]:
         say(f"  {command}")
     return results
 
 
-def _steps(
-    config: Config, step: Any, state: TrainState, batches: Iterable[Batch], first: int, log: "_Log"
-) -> Iterator[tuple[int, TrainState]]:
-    """Run the steps, giving (steps done, state) after each; measures are written one step late, while the next one runs."""
-    rate = learning_rate(config)
-    shapes: set[tuple[int, ...]] = set()
-    waiting: tuple[int, dict[str, jax.Array], int] | None = None
-    timer = time.perf_counter()
-
-    def finish() -> None:
-        nonlocal timer
-        assert waiting is not None
-        number, measures, tokens = waiting
-        values = {name: float(value) for name, value in measures.items()}
-        if wrong := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
-            raise ValueError(
-                f"every measure of a step must be finite, but in step {number} these are not: {wrong}. The last checkpoint "
-                "is as it was; lower learning_rate, or look at the rows of that step"
-            )
-        if number - 1 < config.distill_start or config.distill_start < 0:
-            values = {name: value for name, value in values.items() if not name.startswith("distill/")}
-        now = time.perf_counter()
-        values |= {"learning_rate": float(jnp.asarray(rate(number - 1))), "tokens_per_second": tokens / (now - timer)}
-        timer = now
-        if number % config.log_every == 0 or number in (1, config.steps):
-            log.write(number, values)
-            bar.set_postfix({name.split("/")[-1]: f"{values[name]:.3f}" for name in _SHOWN}, refresh=False)
-        bar.update()
-
-    # Redrawn twice a second on a terminal; in a file, where every redrawing stays, each half minute.
-    interval = 0.5 if os.isatty(2) else 30
-    with tqdm(total=config.steps, initial=first, unit="step", desc="train", mininterval=interval) as bar:
-        for done, batch in enumerate(batches, first + 1):
-            shape = (batch.query_ids.shape[1], *batch.passage_ids.shape)
-            if shape not in shapes:
-                shapes.add(shape)
-                queries = f"{len(batch.query_ids)} queries of {shape[0]} tokens"
-                say(f"compiling for {queries} and {shape[1]} passages of {shape[2]} …")
-            state, measures = step(state, batch)
-            if waiting:
-                finish()
-            waiting = done, measures, int(batch.query_mask.sum() + batch.passage_mask.sum())
-            if _at(config.save_every, done, config) or _at(config.evaluate_every, done, config):
-                finish()  # before its state is saved or measured: it must be finite, and its line written
-                waiting = None
-            yield done, state
-            if waiting is None:
-                timer = time.perf_counter()  # what was done with the state is not the next step's time
-
-
 def _at(every: int, done: int, config: Config) -> bool:
     """Whether something that happens `every` so many steps, and at the end, happens after `done` steps."""
     return done % every == 0 or done == config.steps
-
-
-_SHOWN = ("loss", "loss/dense", "loss/sparse", "loss/colbert", "loss/hybrid")
-
-
-class _Log:
-    """metrics.jsonl: one JSON object a line; lines after the step that a run goes on from are taken out first."""
-
-    def __init__(self, path: Path, *, after: int):
-        kept = []
-        if path.exists() and after:
-            # A line without its end is one that a kill cut off.
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
-        self._path = path
-        self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
-        write_whole(path, "".join(kept))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        seconds = round(time.perf_counter() - self._began, 3)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds} | values) + "\n")
 
 
 class _Clock:

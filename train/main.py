@@ -9,24 +9,29 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from train.console import libraries_to
+from train.console import libraries_to, say
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; --config.KEY=VALUE changes a key.")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the configuration; what a user can cause ends in one line, not in a traceback."""
+    """Run the configuration; what a user can cause ends in one line, not in a traceback, and SIGTERM in the exit code 75."""
     if len(arguments) > 1:
         raise app.UsageError(f"every option starts with --config, got {' '.join(arguments[1:])}")
     config = _CONFIG.value
-    run = Path(config.output)
-    run.mkdir(parents=True, exist_ok=True)
+    log = Path(config.output, "log.txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with libraries_to(run / "log.txt"):
+        with libraries_to(log):
             # Imported after the flags are read, so that a typo answers at once, and what libraries say is caught.
             from train.loop import train
+            from train.preemption import EXIT_CODE, Stopped
 
-            train(config)
+            try:
+                train(config)
+            except Stopped as stopped:
+                say(f"{stopped}; start the same command again to go on")
+                raise SystemExit(EXIT_CODE) from stopped
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -1,6 +1,6 @@
-"""What a run starts from, checked: its settings, the sets that measure it, the model, and the batches of each length group.
+"""What a run starts from, checked: its settings, the sets that measure it, the model, its rows and their batches.
 
-Not here: the rows it trains on (data/), and the run itself (loop.py).
+Not here: how rows are kept and drawn (data/), and the run itself (loop.py).
 """
 
 import hashlib
@@ -11,15 +11,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from m3jax import sources
+from m3jax import checkpoint, sources, weights
 from m3jax.config import M3Config
-from m3jax.model import M3, init
+from m3jax.model import M3, init, shapes
+from m3jax.retrieval import FUNCTIONS
 from m3jax.tokenization import Tokenizer
 from train import Config
 from train.console import say
 from train.data import cldr
-from train.data.pipeline import LengthGroup
+from train.data.builders import RowSource, prepare
+from train.data.pipeline import Batches, LengthGroup
+from train.results import METRICS
 from train.tasks import Task, read_task, read_tasks
 
 _DEMO = "cldr"
@@ -42,6 +46,9 @@ def check(config: Config) -> None:
         for key in keys.split()
         if not holds(config[key])
     ]
+    measures = [f"dev/{function}/{metric}" for function in FUNCTIONS for metric in METRICS]
+    if config.keep_best not in ("", *measures):
+        wrong.append(f"keep_best = {config.keep_best!r}, expected '' or one of {', '.join(measures)}")
     if config.dtype not in ("float32", "bfloat16"):
         wrong.append(f"dtype = {config.dtype!r}, expected 'float32' or 'bfloat16'")
     if jax.process_count() > 1:
@@ -79,16 +86,17 @@ def read_sets(config: Config) -> tuple[Task | None, list[Task]]:
     return dev, read_tasks([path_of(config, path) for path in listed(config.data.test)])
 
 
-def start_model(config: Config) -> M3:
-    """The model to train, its parameters float32: that of `init_from`, or random weights of the config's sizes."""
+def start_model(config: Config, *, values: bool = True) -> M3:
+    """The model to train, its parameters float32: that of `init_from`, or random weights of the config's sizes.
+
+    values: False gives the parameters as jax.ShapeDtypeStruct, and reads or draws none.
+    """
     if not config.data.train:
         raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
     if config.init_from:
         if config.tokenizer:
             raise ValueError(f"init_from brings its tokenizer; got tokenizer={config.tokenizer!r} too, leave it out")
-        # In host memory: `m3jax.load` would give each device a copy, beside the one that the mesh splits.
-        model, params, tokenizer = sources.read(config.init_from, heads=config.heads)
-        m3 = M3(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params), tokenizer)
+        m3 = _read(config) if values else _described(config)
     else:
         named = config.tokenizer
         if not named and _DEMO in listed(config.data.train):
@@ -103,11 +111,48 @@ def start_model(config: Config) -> M3:
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "pad", "eos", "unk")}
         sizes = {"colbert_dim": config.model.hidden_size} | config.model.to_dict()
         model = M3Config(vocab_size=tokenizer.vocab_size, **sizes, **ids)
-        m3 = M3(model, init(model, jax.random.key(config.seed)), tokenizer)
+        m3 = M3(model, init(model, jax.random.key(config.seed)) if values else shapes(model), tokenizer)
     for key in ("query_max_length", "passage_max_length"):
         if config[key] > m3.config.max_length:
             raise ValueError(f"{key} must fit the position table, at most {m3.config.max_length}, got {config[key]}")
     return m3
+
+
+def _read(config: Config) -> M3:
+    # In host memory: `m3jax.load` would give each device a copy, beside the one that the mesh splits.
+    model, params, tokenizer = sources.read(config.init_from, heads=config.heads)
+    return M3(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params), tokenizer)
+
+
+def _described(config: Config) -> M3:
+    with sources.local(config.init_from) as directory:
+        if checkpoint.is_checkpoint(directory):
+            model, tokenizer = checkpoint.describe(directory)
+        else:  # mapped, not read
+            model, _, tokenizer = weights.read(directory, heads=config.heads)
+    return M3(model, shapes(model), tokenizer)
+
+
+def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
+    """The training rows, tokenised when these files, lengths and tokenizer come for the first time."""
+    return prepare(
+        [path_of(config, path) for path in listed(config.data.train)],
+        tokenizer,
+        data_dir=config.data.folder,
+        query_max_length=config.query_max_length,
+        passage_max_length=config.passage_max_length,
+    )
+
+
+def start_batches(config: Config, source: RowSource, mesh: Mesh, *, pad_id: int) -> Batches:
+    """The batches of the run by step."""
+    return Batches(
+        source,
+        seed=config.seed,
+        groups=length_groups(config, mesh.shape["data"] * mesh.shape["fsdp"]),
+        group_size=config.group_size,
+        pad_id=pad_id,
+    )
 
 
 def length_groups(config: Config, rows: int) -> list[LengthGroup]:

@@ -5,6 +5,7 @@ Not here: the parts of a run, each of which has its own file, and how well anyth
 
 import ast
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,83 +31,13 @@ import train.data.cldr
 import train.evaluate
 import train.loop
 import train.main as program
-from configs import base
+from tests.small_run import SIZES, TRAINING, small_config, write_set
 from train.example import worked_example
 
 ROOT = Path(__file__).parents[2]
-WORDS = (
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "lazy",
-    "small",
-    "cat",
-    "house",
-    "river",
-    "forest",
-    "stories",
-    "ville",
-    "paris",
-)
 FUNCTIONS = ("dense", "sparse", "colbert", "dense+sparse", "all")
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 34,
-}
-# All texts of a kind fall into one bucket of lengths and all runs train alike, so that XLA compiles each function once.
-TRAINING = {
-    "query_max_length": 8,
-    "passage_max_length": 16,
-    "length_groups": ((16, 4),),
-    "group_size": 2,
-    "steps": 4,
-    "warmup": 0.0,
-    "learning_rate": 1e-2,
-    "adam_b2": 0.98,
-    "temperature": 0.05,
-    "distill_start": 2,
-    "remat": False,
-    "log_every": 1,
-    "evaluate_every": 2,
-    "save_every": 2,
-    "keep_checkpoints": 2,
-}
+RATES = ("steps_per_second", "tokens_per_second", "padding", "mfu")
 _COMPILED_IN = ("seed", "steps", "warmup", "learning_rate", "distill_start", "temperature", "length_groups", "dropout")
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_set(directory, tokenizer_json):
-    """Twelve rows, three evaluation folders and a tokenizer, laid out as the demo set is."""
-    random, tokenizer = np.random.default_rng(0), m3jax.Tokenizer.from_json(tokenizer_json)
-
-    def text(words, shortest, longest):
-        while True:
-            drawn = " ".join(random.choice(WORDS, words, replace=False))
-            if shortest <= len(tokenizer.encode([drawn])[0][0]) <= longest:
-                return drawn
-
-    def passage():
-        return text(3, 9, 16)
-
-    rows = [{"query": text(1, 3, 8), "pos": [passage()], "neg": [passage()]} for _ in range(12)]
-    write(directory / "train.jsonl", rows)
-    (directory / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    corpus = [{"id": f"p{i}", "title": "", "text": passage()} for i in range(8)]
-    queries = [{"id": f"q{i}.{'sw' if i == 2 else 'de'}.0", "text": text(1, 3, 8)} for i in range(4)]
-    for name in ("dev", "test", "test-unseen"):
-        write(directory / name / "corpus.jsonl", corpus)
-        write(directory / name / "test_queries.jsonl", queries)
-        judged = [{"qid": query["id"], "docid": f"p{i}", "relevance": 1} for i, query in enumerate(queries)]
-        write(directory / name / "test_qrels.jsonl", judged)
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +49,10 @@ def data(tmp_path_factory, tiny_tokenizer_json):
 
 @pytest.fixture(scope="module")
 def configured(data):
-    """configured(output, key=value, …): base.py at the sizes above, on `data`."""
+    """configured(output, key=value, …): base.py at small sizes, on `data`."""
 
     def make(output, **changes):
-        config = base.get_config()
-        config.name, config.output = "tiny", str(output)
-        config.model.update(SIZES)
-        config.tokenizer = str(data / "tokenizer.json")
-        config.data.update(
-            train=str(data / "train.jsonl"), dev=str(data / "dev"), test=f"{data / 'test'},{data / 'test-unseen'}"
-        )
-        config.data.folder = str(data / "prepared")
-        config.update(TRAINING)
-        config.example.update(query="*.sw.*", language="Swahili")
-        config.update_from_flattened_dict(changes)
-        return config
+        return small_config(data, output, **changes)
 
     return make
 
@@ -176,7 +96,7 @@ def ran(configured, tmp_path_factory, all_steps):
 def metrics(run, *, timeless=False):
     """The lines of metrics.jsonl; timeless: without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "tokens_per_second") if timeless else ()
+    clock = ("seconds", *RATES) if timeless else ()
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
@@ -193,10 +113,17 @@ def test_metrics(ran):
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
     parts = {f"loss/{name}" for name in ("dense", "sparse", "colbert", "hybrid")}
-    measures = {"step", "seconds", "loss", "gradient_norm", "learning_rate", "tokens_per_second"}
-    measures |= parts | {"active_terms/query", "active_terms/passage"}
+    measures = {"step", "seconds", "loss", "learning_rate", "active_terms/query", "active_terms/passage"} | parts
+    measures |= {"gradient_norm", *(f"gradient_norm/{part}" for part in ("encoder", "sparse", "colbert"))}
     taught = {f"distill/{name}" for name in ("dense", "sparse", "colbert")}
-    assert [set(row) for row in trained] == [measures, measures, measures | taught, measures | taught]
+    rates = set(RATES)  # the first step was compiled
+    assert [set(row) for row in trained] == [measures, measures | rates, *[measures | rates | taught] * 2]
+    assert all(0 < row[name] < 1 for row in trained[1:] for name in ("padding", "mfu"))
+    for row in trained:
+        norms = [row[f"gradient_norm/{part}"] for part in ("encoder", "sparse", "colbert")]
+        assert np.linalg.norm(norms) == pytest.approx(row["gradient_norm"], rel=1e-5)
+        # At this learning rate the sparse head does not live long.
+        assert [norm > 0 for norm in norms] == [True, row["active_terms/query"] > 0, True]
     assert [row["learning_rate"] for row in trained] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     evaluated = [row for row in rows if "dev/all/ndcg_at_10" in row]
     assert [row["step"] for row in evaluated] == [2, 4]
@@ -227,11 +154,21 @@ def test_results(ran, data):
 def test_files(ran):
     run, _ = ran
     assert {path.name for path in run.iterdir()} == {
-        *("checkpoints", "model", "pictures", "metrics.jsonl", "report.html", "results.json", "untrained.json"),
+        *("checkpoints", "model", "pictures", "tensorboard"),
+        *("metrics.jsonl", "report.html", "results.json", "untrained.json"),
     }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "4"}
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "tiny" in page and "Swahili" in page and "nDCG@10" in page
+    for part in (
+        "tiny",
+        "Swahili",
+        "nDCG@10",
+        "Gradient norm",
+        "Tokens a second",
+        "Model-FLOPs utilisation",
+        "Padding",
+    ):
+        assert part in page
     assert not [path for path in run.rglob("*") if "partial" in path.name or "tmp" in path.name]
 
 
@@ -390,12 +327,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(configured, steps, tmp_path, sa
     config = configured(tmp_path, save_every=save_every, evaluate_untrained=False, **{"data.dev": "", "data.test": ""})
     with pytest.raises(ValueError, match="step 3") as error:
         train.loop.train(config)
-    for part in ("loss", "loss/colbert", "loss/hybrid", "distill/colbert"):
+    for part in (
+        "loss",
+        "loss/colbert",
+        "loss/hybrid",
+        "distill/colbert",
+        "gradient_norm/colbert",
+        "group up to 16 tokens",
+    ):
         assert part in str(error.value)
     assert "loss/dense" not in str(error.value)
+    assert len(set(re.findall(r"train\.jsonl:\d+", str(error.value)))) == 4  # a batch is four rows
     assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == last
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(m3jax.load(tmp_path / "checkpoints").params))
     assert not (tmp_path / "model").exists()
+
+
+def test_the_best_step_is_kept(configured, tmp_path, monkeypatch, capfd):
+    """It is saved because it is the best, and it outlives those after it."""
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    monkeypatch.setattr(train.loop, "_dev_scores", lambda *_: {"dev/all/ndcg_at_10": next(scores)})
+    changes = {
+        "evaluate_every": 1,
+        "save_every": 3,
+        "keep_checkpoints": 1,
+        "evaluate_untrained": False,
+        "data.test": "",
+    }
+    train.loop.train(configured(tmp_path, **changes))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+    assert f"best    {tmp_path / 'checkpoints' / '2'}, dev/all/ndcg_at_10 0.900\n" in capfd.readouterr().out
 
 
 def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path):
@@ -448,6 +409,7 @@ def test_bad_rows_end_a_run_before_it_starts(data, configured, steps, tmp_path, 
         ({"hybrid_weights": (1.0, 0.3)}, r"hybrid_weights = \(1.0, 0.3\), expected three numbers from 0 up"),
         ({"loss_weights": (1.0, -0.1, float("nan"))}, r"loss_weights = \(1.0, -0.1, nan\), expected three numbers"),
         ({"seed": -1}, "seed = -1, expected from 0 up"),
+        ({"keep_best": "dev/all/ndcg"}, "keep_best = 'dev/all/ndcg', expected '' or one of dev/dense/ndcg_at_10, "),
         ({"mesh.data": 3}, "mesh sizes must multiply to the number of devices"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

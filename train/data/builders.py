@@ -54,6 +54,7 @@ class RowSource:
         self.counts: dict[str, int] = dict(builder.info.metadata or {})
         assert isinstance(builder.builder_config, RowsConfig)
         self.query_max_length = builder.builder_config.query_max_length
+        self._files = builder.builder_config.files
         self.name: str = builder.data_path.parent.name
 
     def __len__(self) -> int:
@@ -66,6 +67,13 @@ class RowSource:
             query, *passages = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
             rows.append(Row(query, passages, int(record["positives"]), record["identity"]))
         return rows
+
+    def places(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """Where the rows of these indices stand, path:line, in their order; the files are read again up to the last of them."""
+        wanted = {int(index) for index in indices}
+        lines = enumerate(where for path in self._files for where, _ in read_lines(path))
+        found = {row: where for row, where in itertools.islice(lines, max(wanted) + 1) if row in wanted}
+        return [found[int(index)] for index in indices]
 
 
 def prepare(

@@ -52,6 +52,8 @@ class Source(Protocol):
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> list[Row]: ...
 
+    def places(self, indices: Sequence[int] | np.ndarray) -> list[str]: ...
+
 
 def shuffled(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
     """The places int64 of `indices` in the seed's permutation of `count` places, in memory that `count` does not touch.
@@ -170,7 +172,7 @@ class Order:
 class Batches:
     """Step → `Batch`, by index: what `make_batches` prefetches; its arguments are explained there.
 
-    `order` is the steps' order; `shapes` are each group's static (Lq, Lp), None where it has no rows.
+    `order` is the steps' order; `sizes` are each group's rows, `shapes` its static (Lq, Lp), None where it has none.
     """
 
     def __init__(
@@ -202,8 +204,9 @@ class Batches:
         self._process_index = process_index
         self._process_count = process_count
         self._members = _members(source, groups)
+        self.sizes = [len(members) for members in self._members]
         self._most_positives = int(source.positives.max())
-        self.order = Order(seed, [len(m) for m in self._members], [g.batch_size for g in groups])
+        self.order = Order(seed, self.sizes, [g.batch_size for g in groups])
         self.shapes: list[tuple[int, int] | None] = [
             # A bucket may lie past what texts were cut to, and past the position table.
             (
@@ -216,6 +219,11 @@ class Batches:
         ]
         for group, members in zip(groups, self._members, strict=True):
             self._check_fill(group, members)
+
+    def places(self, step: int) -> tuple[LengthGroup, list[str]]:
+        """The length group of a step's batch, and where its rows stand in their files, in the batch's order."""
+        draw = self.order.draw(step)
+        return self._groups[draw.group], self._source.places(self._members[draw.group][draw.places])
 
     def __getitem__(self, step: int) -> Batch:
         draw = self.order.draw(step)
