@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
 
+    config.plan_only = False  # say what the run would take (rows, batches, memory, FLOPs, time, disk), and stop
+
     config.log_every = 10  # steps
     config.evaluate_every = 1000  # steps, on data.dev
     config.evaluate_untrained = True  # measure data.test before the first step too

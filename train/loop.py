@@ -1,6 +1,6 @@
 """The story of a run: prepare → build → restore → (step, log, evaluate, save)* → release → report.
 
-Not here: what it starts from (start.py), what a step computes (step.py) and what is seen of it
+Not here: what it starts from (start.py), what it would take (plan.py), what a step computes (step.py) and what is seen of it
 (meter.py), what a measure means (evaluate.py), how results look (report.py).
 """
 
@@ -34,6 +34,7 @@ from train.flops import matrix_rate
 from train.log import Log
 from train.meter import Meter
 from train.optimizer import make_optimizer
+from train.plan import plan
 from train.preemption import Preemption, Stopped
 from train.release import card_of_run
 from train.report import write_report
@@ -62,11 +63,13 @@ _KEPT = (
 def train(config: Config) -> dict[str, Any]:
     """Run `config` (every key is in configs/base.py) from its beginning or its last checkpoint to its report.
 
-    Returns the content of results.json. Raises ValueError, before
+    Returns the content of results.json, or with `plan_only` the plan alone, which leaves no run. Raises ValueError, before
     training starts, on data, sizes or settings that cannot be trained, and during it on a loss that is not finite; Stopped
     when SIGTERM asks for it, with the last step saved.
     """
     check(config)
+    if config.plan_only:
+        return plan(config)
     with Preemption() as preemption:
         return _run(config, preemption)
 

@@ -3,6 +3,7 @@
 Not here: what a run does (loop.py) and what its keys mean (configs/base.py).
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"every option starts with --config, got {' '.join(arguments[1:])}")
     config = _CONFIG.value
-    log = Path(config.output, "log.txt")
+    log = Path(os.devnull) if config.plan_only else Path(config.output, "log.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         with libraries_to(log):
