@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     config.example.query = "*"  # the first query whose id matches
     config.example.language = ""  # its language, in words
     config.save_every = 1000  # steps
+    config.checkpoints = ""  # where they go, a folder or gs://bucket/folder; "" is the folder `checkpoints` of `output`
     config.keep_checkpoints = 2  # the last ones
     config.keep_best = "dev/all/ndcg_at_10"  # and the one with the highest such score on data.dev; "" keeps none for it
     return config

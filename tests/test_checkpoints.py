@@ -21,6 +21,7 @@ from configs import base
 from m3jax.config import M3Config
 from m3jax.model import init
 from m3jax.sharding import make_mesh
+from tests.bucket import bucket
 from train.checkpoints import Checkpoints
 from train.data.builders import Row
 from train.data.pipeline import LengthGroup, make_batches
@@ -227,3 +228,30 @@ def test_the_best_one_is_kept_too(model, params, tiny_tokenizer, tmp_path):
         assert saved.best is None and not saved.is_best({"dev/all/ndcg": 1.0})
         save(saved, 11, all=1.0)
     assert steps(tmp_path) == [11]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    with bucket(monkeypatch) as objects:
+        yield objects
+
+
+def test_in_an_object_store(ran, model, params, tiny_tokenizer, store):
+    """Saved, restored, the old ones deleted; a step that a kill left without its last file is not taken for finished."""
+    url = "gs://bucket/run/checkpoints"
+    state = ran.whole[STOP - 1][2]
+    with jax.set_mesh(make_mesh()):
+        like = new_state(params)
+        placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
+        with Checkpoints(url, keep=2, best="dev/all/ndcg", settings=SETTINGS) as saved:
+            assert saved.last is None
+            for step, score in ((1, 0.5), (2, 0.1), (3, 0.2), (4, 0.3)):
+                saved.save(model, tiny_tokenizer, placed, step, {"dev/all/ndcg": score})
+        assert {name.split("/")[4] for name in store} == {"1", "3", "4"}
+        del store["/bucket/run/checkpoints/4/commit_success.txt"]  # it comes last
+        with Checkpoints(url, keep=2, best="dev/all/ndcg", settings=SETTINGS) as saved:
+            assert (saved.last, saved.best) == (3, (1, 0.5))
+            saved.check(model)
+            restored = saved.restore(like)
+    assert_same(on_host((restored.params, restored.optimizer)), (state.params, state.optimizer))
+    assert int(restored.step) == 3

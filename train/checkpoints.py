@@ -23,7 +23,7 @@ _OPTIMIZER, _RUN = "optimizer", "run"
 
 
 class Checkpoints:
-    """The checkpoints under one directory; a context manager that waits for the last save.
+    """The checkpoints under one directory, local or gs://; a context manager that waits for the last save.
 
     The last `keep` stay, and the one with the highest score named `best` of those that have scores ("" keeps none for it).
     settings: what batches and their order follow from (seed, groups, data); a checkpoint of other settings is refused,
@@ -40,7 +40,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(policies), best_fn=score if best else None, create=True
         )
-        self._directory = Path(directory).absolute()
+        self._directory = checkpoint.place(directory)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._measure = best
         # The best step and its score, None before there is one. Orbax would read it from a step that is still being written.

@@ -87,7 +87,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     clock.lap("prepare")
     settings = {key: config[key] for key in _KEPT} | {"data": source.name}
     optimizer = make_optimizer(config)
-    folder = str(run / "checkpoints")
+    folder = config.checkpoints or str(run / "checkpoints")
     best = config.keep_best if dev else ""
     with (
         jax.set_mesh(mesh),

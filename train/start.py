@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from m3jax import checkpoint, sources, weights
+from m3jax import checkpoint, paths, sources, weights
 from m3jax.config import M3Config
 from m3jax.model import M3, init, shapes
 from m3jax.retrieval import FUNCTIONS
@@ -49,6 +49,11 @@ def check(config: Config) -> None:
     measures = [f"dev/{function}/{metric}" for function in FUNCTIONS for metric in METRICS]
     if config.keep_best not in ("", *measures):
         wrong.append(f"keep_best = {config.keep_best!r}, expected '' or one of {', '.join(measures)}")
+    if paths.is_url(config.checkpoints) and not config.checkpoints.startswith("gs://"):
+        wrong.append(
+            f"checkpoints = {config.checkpoints!r}, expected a local folder or gs://…, the one store that Orbax writes to "
+            "itself: mount another one as a folder"
+        )
     if config.dtype not in ("float32", "bfloat16"):
         wrong.append(f"dtype = {config.dtype!r}, expected 'float32' or 'bfloat16'")
     if jax.process_count() > 1:
