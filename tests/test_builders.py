@@ -226,3 +226,14 @@ def test_bad_paths(prepared, tmp_path, tiny_tokenizer):
         prepare("x", tiny_tokenizer, data_dir=tmp_path, query_max_length=9, passage_max_length=9)
     with pytest.raises(ValueError, match="no training files"):
         prepare([], tiny_tokenizer, data_dir=tmp_path, query_max_length=9, passage_max_length=9)
+
+
+def test_rows_are_found_in_their_files(prepared, tmp_path):
+    """By line, blank ones counted, whichever file they stand in."""
+    line = json.dumps({"query": "fox", "pos": ["the fox"]})
+    (tmp_path / "a.jsonl").write_text(f"\n{line}\n\n{line}\n")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(f"{line}\n")
+    source = prepared(tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz")
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    assert source.places(np.array([2, 0, 1, 0])) == [f"{b}:1", f"{a}:2", f"{a}:4", f"{a}:2"]

@@ -44,7 +44,7 @@ def test_every_number_is_in_both(tmp_path):
 
 def test_lines_after_the_step_that_is_gone_on_from_are_taken_out(tmp_path):
     with Log(tmp_path, after=0) as log:
-        for step in (1, 2, 3):
+        for step in (1, 2, 3, 4):
             log.write(step, {"loss": float(step)})
     took = lines(tmp_path)[1]["seconds"]
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -24,7 +24,7 @@ MEASURES = {
     "active_terms/query": 4.0,
     "active_terms/passage": 9.0,
 }
-MEASURES |= {"tokens": 60.0, "places": 80.0, "flops": 500.0}
+MEASURES = {"loss/colbert": 5.0} | MEASURES | {"tokens": 60.0, "places": 80.0, "flops": 500.0}
 
 
 class Clock:
@@ -190,4 +190,4 @@ def test_the_bar(tmp_path, clock, capsys, monkeypatch):
     with metering(tmp_path) as meter:
         run_seven_steps(meter, clock)
     shown = capsys.readouterr().err
-    assert "7/100" in shown and "loss=2.000, 9 tokens/s, padding 25%, MFU 7%, dense=1.000" in shown
+    assert "7/100" in shown and "loss=2.000, 9 tokens/s, padding 25%, MFU 7%, dense=1.000, colbert=5.000" in shown

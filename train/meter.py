@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from m3jax.losses import PARTS
 from train import Config
 from train.console import say
 from train.data.pipeline import Batch, Batches
@@ -166,5 +167,7 @@ def _postfix(values: Mapping[str, float]) -> str:
     if "mfu" in values:
         shown += [f"{values['tokens_per_second']:,.0f} tokens/s", f"padding {values['padding']:.0%}"]
         shown += [f"MFU {values['mfu']:.0%}"]
-    shown += [f"{name[5:]}={value:.3f}" for name, value in values.items() if name.startswith("loss/")]
+    # jit has put them into the order of the alphabet
+    parts = dict.fromkeys([f"loss/{part}" for part in (*PARTS, "hybrid")] + [*values])
+    shown += [f"{name[5:]}={values[name]:.3f}" for name in parts if name.startswith("loss/") and name in values]
     return ", ".join(shown)

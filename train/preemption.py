@@ -66,4 +66,4 @@ class Preemption:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         if not self._deferred:
-            raise Stopped("stopped between steps")
+            raise Stopped("stopped outside the steps, where there is nothing to save")
