@@ -97,6 +97,8 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
 
+    config.plan_only = False  # say what the run would take (rows, batches, memory, FLOPs, time, disk), and stop
+
     config.log_every = 10  # steps
     config.evaluate_every = 1000  # steps, on data.dev
     config.evaluate_untrained = True  # measure data.test before the first step too
@@ -104,5 +106,7 @@ def get_config() -> ConfigDict:
     config.example.query = "*"  # the first query whose id matches
     config.example.language = ""  # its language, in words
     config.save_every = 1000  # steps
-    config.keep_checkpoints = 2
+    config.checkpoints = ""  # where they go, a folder or gs://bucket/folder; "" is the folder `checkpoints` of `output`
+    config.keep_checkpoints = 2  # the last ones
+    config.keep_best = "dev/all/ndcg_at_10"  # and the one with the highest such score on data.dev; "" keeps none for it
     return config

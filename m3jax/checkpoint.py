@@ -93,9 +93,18 @@ def write(m3: M3, directory: str | Path, *, replace: bool = False, progress: boo
         checkpointer.save(folder, ocp.args.Composite(**items), force=True)
 
 
+def place(directory: str | Path) -> Any:
+    """A path as Orbax wants it: absolute, or for gs://, the only store that Orbax writes to itself, one of its own paths."""
+    if not paths.is_url(directory):
+        return Path(directory).absolute()
+    from etils import epath
+
+    return epath.Path(directory)
+
+
 def describe(directory: str | Path) -> tuple[M3Config, Tokenizer]:
     """Config and tokenizer of a step, or of the last step in a folder of steps; ValueError where it is none of ours."""
-    step = _step(Path(directory).absolute())
+    step = _step(place(directory))
     if step is None:
         raise ValueError(
             f"{directory} must be an Orbax checkpoint of m3jax: a step with the items {PARAMS} and {MODEL}"
@@ -118,7 +127,7 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
     from etils import epath  # Orbax's paths
 
     config, tokenizer = describe(directory)
-    step = _step(Path(directory).absolute())
+    step = _step(place(directory))
     assert step is not None
     # Two gigabytes in flight are more than the largest table of any released model, and bound what a restore takes beside it:
     # for jax.Array. NumPy arrays Orbax reads all at once, with what is stored of each beside it, so they come in turn here.
@@ -171,7 +180,7 @@ def stored_shapes(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     import orbax.checkpoint as ocp
     from etils import epath
 
-    step = _step(Path(directory).absolute())
+    step = _step(place(directory))
     assert step is not None, "callers ask is_checkpoint first"
     tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(step / PARAMS)).tree
     return {path: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)) for path, x in flatten(tree).items()}
@@ -182,7 +191,8 @@ def _string_keys(params: Params) -> dict[str, Any]:
     return {str(k): _string_keys(v) if isinstance(v, dict) else v for k, v in params.items()}
 
 
-def _step(directory: Path) -> Path | None:
+def _step(directory: Any) -> Any:
+    """The step of a place, itself or the last in it, None where there is none."""
     if (directory / PARAMS).is_dir() and (directory / MODEL).is_dir():
         return directory
     if not directory.is_dir():

@@ -21,6 +21,7 @@ from configs import base
 from m3jax.config import M3Config
 from m3jax.model import init
 from m3jax.sharding import make_mesh
+from tests.bucket import bucket
 from train.checkpoints import Checkpoints
 from train.data.builders import Dataset, Row
 from train.data.pipeline import Batches, prefetch
@@ -194,3 +195,70 @@ def test_the_last_ones_are_kept(model, params, tiny_tokenizer, tmp_path):
         for step in (1, 2, 3, 3):  # the second 3 is there already, and left
             saved.save(model, tiny_tokenizer, TrainState(state.params, state.optimizer, state.step), step)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdecimal()) == ["2", "3"]
+
+
+def steps(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def test_the_best_one_is_kept_too(model, params, tiny_tokenizer, tmp_path):
+    """Of steps without scores, and with another score only, none is the best; of equal ones the later is."""
+    state = new_state(params)
+
+    def save(saved, step, **scores):
+        saved.save(model, tiny_tokenizer, state, step, {f"dev/{name}/ndcg": value for name, value in scores.items()})
+
+    arguments = {"keep": 2, "best": "dev/all/ndcg", "settings": SETTINGS}
+    with Checkpoints(tmp_path, **arguments) as saved:
+        assert (
+            saved.best is None and saved.is_best({"dev/all/ndcg": 0.0}) and not saved.is_best({"dev/dense/ndcg": 1.0})
+        )
+        save(saved, 1)
+        save(saved, 2, dense=0.9)
+        assert saved.best is None
+        save(saved, 3, all=0.5, dense=0.1)
+        assert saved.best == (3, 0.5) and not saved.is_best({"dev/all/ndcg": 0.4}) and not saved.is_best({})
+        for step in (4, 5, 6):
+            save(saved, step, all=0.4)
+    assert steps(tmp_path) == [3, 5, 6]
+    with Checkpoints(tmp_path, **arguments) as saved:  # a run that goes on knows it
+        assert saved.best == (3, 0.5) and saved.last == 6
+        save(saved, 7)
+        save(saved, 8, all=0.5)
+        assert saved.best == (8, 0.5)
+        save(saved, 9)
+    assert steps(tmp_path) == [8, 9]
+    with Checkpoints(tmp_path, keep=1, best="dev/dense/ndcg", settings=SETTINGS) as saved:
+        assert saved.best is None  # another score: the steps that are there do not have it
+        save(saved, 10)
+    with Checkpoints(tmp_path, keep=1, settings=SETTINGS) as saved:
+        assert saved.best is None and not saved.is_best({"dev/all/ndcg": 1.0})
+        save(saved, 11, all=1.0)
+    assert steps(tmp_path) == [11]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    with bucket(monkeypatch) as objects:
+        yield objects
+
+
+def test_in_an_object_store(ran, model, params, tiny_tokenizer, store):
+    """Saved, restored, the old ones deleted; a step that a kill left without its last file is not taken for finished."""
+    url = "gs://bucket/run/checkpoints"
+    state = ran.whole[STOP - 1][2]
+    with jax.set_mesh(make_mesh()):
+        like = new_state(params)
+        placed = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)
+        with Checkpoints(url, keep=2, best="dev/all/ndcg", settings=SETTINGS) as saved:
+            assert saved.last is None
+            for step, score in ((1, 0.5), (2, 0.1), (3, 0.2), (4, 0.3)):
+                saved.save(model, tiny_tokenizer, placed, step, {"dev/all/ndcg": score})
+        assert {name.split("/")[4] for name in store} == {"1", "3", "4"}
+        del store["/bucket/run/checkpoints/4/commit_success.txt"]  # it comes last
+        with Checkpoints(url, keep=2, best="dev/all/ndcg", settings=SETTINGS) as saved:
+            assert (saved.last, saved.best) == (3, (1, 0.5))
+            saved.check(model)
+            restored = saved.restore(like)
+    assert_same(on_host((restored.params, restored.optimizer)), (state.params, state.optimizer))
+    assert int(restored.step) == 3

@@ -52,7 +52,10 @@ def _metrics(steps: int = 120) -> list[dict[str, float]]:
     rows = []
     for step in range(1, steps + 1):
         loss = 0.3 + 5 * math.exp(-step / 30)
-        row = {"step": step, "seconds": step / 4, "loss": loss, "gradient_norm": 2.0, "tokens_per_second": 41_000.0}
+        row = {"step": step, "seconds": step / 4, "loss": loss, "gradient_norm": 2.0}
+        row |= {"tokens_per_second": 41_000.0, "padding": 0.25, "mfu": 0.5}
+        row |= {f"gradient_norm/{part}": loss for part in ("encoder", "sparse", "colbert")}
+        row |= {"active_terms/query": 3.0, "active_terms/passage": 11.0}
         row |= {f"loss/{name}": loss for name in ("dense", "sparse", "colbert", "hybrid")}
         if step > 40:
             row |= {f"distill/{name}": loss for name in ("dense", "sparse", "colbert")}
@@ -134,7 +137,16 @@ def test_page_holds_what_a_person_must_see(complete: Path):
         "0.10.2",
     ):
         assert text in page.text
-    assert page.tags.count("svg") == 3
+    for text in (
+        "Gradient norm",
+        "encoder",
+        "Terms with a weight above 0",
+        "Tokens a second",
+        "Padding, %",
+        "utilisation, %",
+    ):
+        assert text in page.text
+    assert page.tags.count("svg") == 5
 
 
 def test_page_needs_nothing_but_itself(complete: Path):
@@ -158,7 +170,7 @@ def test_pictures_are_files_of_their_own(complete: Path):
         texts[path.name] = " ".join(element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text"))
         used = set(re.findall(r"var\(--([\w-]+)\)", path.read_text()))
         assert "ink" in used and all(f"--{name}:" in path.read_text() for name in used)
-    assert sorted(texts) == ["dev.svg", "loss.svg", "quality.svg"]
+    assert sorted(texts) == ["dev.svg", "gradients.svg", "loss.svg", "quality.svg", "speed.svg"]
     assert "Contrastive loss" in texts["loss.svg"] and "hybrid" in texts["loss.svg"]
     assert "dense+sparse" in texts["dev.svg"]
     assert "0.147" in texts["quality.svg"] and "0.820" in texts["quality.svg"]
@@ -168,7 +180,7 @@ def test_same_run_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path):
     first = write_report(_run(tmp_path)).read_bytes()
     assert write_report(tmp_path).read_bytes() == first
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "pictures", "report.html", "results.json"]
-    assert len(os.listdir(tmp_path / "pictures")) == 3
+    assert len(os.listdir(tmp_path / "pictures")) == 5
 
 
 def test_absent_parts_are_left_out(tmp_path: Path):

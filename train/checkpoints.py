@@ -4,12 +4,15 @@ Not here: the model's own part of a step, which `m3jax.load` reads too (m3jax/ch
 """
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policy
 
 from m3jax import checkpoint
 from m3jax.config import M3Config
@@ -20,16 +23,31 @@ _OPTIMIZER, _RUN = "optimizer", "run"
 
 
 class Checkpoints:
-    """The checkpoints under one directory; a context manager that waits for the last save.
+    """The checkpoints under one directory, local or gs://; a context manager that waits for the last save.
 
+    The last `keep` stay, and the one with the highest score named `best` of those that have scores ("" keeps none for it).
     settings: what batches and their order follow from (seed, groups, data); a checkpoint of other settings is refused,
     because going on would replay or skip rows.
     """
 
-    def __init__(self, directory: Path, *, keep: int, settings: dict[str, Any]):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        self._directory = directory
+    def __init__(self, directory: str | Path, *, keep: int, best: str = "", settings: dict[str, Any]):
+        def score(scores: dict[str, float]) -> float:
+            return scores.get(best, -math.inf)  # of a run that measured by other functions
+
+        policies: list[Any] = [policy.LatestN(keep)]
+        if best:
+            policies.append(policy.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy(policies), best_fn=score if best else None, create=True
+        )
+        self._directory = checkpoint.place(directory)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._measure = best
+        # The best step and its score, None before there is one. Orbax would read it from a step that is still being written.
+        self.best: tuple[int, float] | None = None
+        found = self._manager.best_step() if best else None
+        if found is not None and best in (scores := self._manager.metrics(found) or {}):
+            self.best = found, scores[best]
         self._settings = json.loads(json.dumps(settings))
 
     def __enter__(self) -> "Checkpoints":
@@ -46,14 +64,30 @@ class Checkpoints:
         """The last finished step, None before the first."""
         return self._manager.latest_step()
 
-    def save(self, model: M3Config, tokenizer: Tokenizer, state: TrainState, step: int) -> None:
-        """Save `state` as after `step` steps, in the background; a step that is there already is left as it is."""
+    def is_best(self, scores: Mapping[str, float]) -> bool:
+        """Whether a step with these scores would be the best so far; of equals it is the later one."""
+        return self._measure in scores and (self.best is None or scores[self._measure] >= self.best[1])
+
+    def save(
+        self,
+        model: M3Config,
+        tokenizer: Tokenizer,
+        state: TrainState,
+        step: int,
+        scores: Mapping[str, float] | None = None,
+    ) -> None:
+        """Save `state` as after `step` steps, in the background; a step that is there already is left as it is.
+
+        scores: what this state reaches, by name, where it was measured.
+        """
         if step == self.last:
             return
         items = checkpoint.arguments(model, state.params, tokenizer)
         items[_OPTIMIZER] = ocp.args.PyTreeSave(state.optimizer)
         items[_RUN] = ocp.args.JsonSave({"step": step, "settings": self._settings})
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(scores) if scores else None)
+        if scores and self.is_best(scores):
+            self.best = step, scores[self._measure]
 
     def check(self, model: M3Config) -> None:
         """ValueError where the last checkpoint is of another model or other settings."""
@@ -72,7 +106,7 @@ class Checkpoints:
                 + "; ".join(f"{k} was {stored['settings'].get(k)!r}, is {self._settings.get(k)!r}" for k in differ)
                 + ". Give the old ones, or another --config.output for a new run"
             )
-        found, _ = checkpoint.describe(self._directory.absolute() / str(step))
+        found, _ = checkpoint.describe(self._directory / str(step))
         if found != model:
             raise ValueError(f"{self._directory}: step {step} is of another model, {found}; this run has {model}")
 
@@ -80,7 +114,7 @@ class Checkpoints:
         """The last checkpoint, which `check` accepts, as a state placed like `state`."""
         step = self.last
         assert step is not None
-        folder = self._directory.absolute() / str(step)
+        folder = self._directory / str(step)
         _, params, _ = checkpoint.read(folder, sharding=lambda _: jax.tree.map(lambda x: x.sharding, state.params))
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.optimizer)
         restore = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))

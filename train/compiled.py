@@ -37,22 +37,29 @@ class CompiledStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         shape = (*batch.query_ids.shape, *batch.passage_ids.shape)
         if shape not in self._programs:
-            self._programs[shape] = self._compile(state, batch)
+            self._programs[shape], _, _ = compile_step(self._make, state, batch, self._row_groups, self._tokens)
         return self._programs[shape](state, batch)
 
-    def _compile(self, state: TrainState, batch: Batch) -> Compiled:
-        (queries, query_length), (passages, passage_length) = batch.query_ids.shape, batch.passage_ids.shape
-        say(f"compiling for {queries} queries of {query_length} tokens and {passages} passages of {passage_length} …")
-        program, parts, used = fitting(
-            lambda parts: self._make(parts).lower(state, batch).compile(),
-            queries=(queries // self._row_groups, query_length),
-            passages=(passages // self._row_groups, passage_length),
-            tokens=self._tokens,
-            limit=_smallest_everywhere(_SHARE * device_memory()),
-        )
-        if parts.passages > 1:
-            say(f"  passages in {parts.passages} sub-batches, {used / 1e9:.1f} GB a device")
-        return program
+
+def compile_step(
+    make: Callable[[SubBatches], Any], state: TrainState, batch: Batch, row_groups: int, sub_batch_tokens: int
+) -> tuple[Compiled, SubBatches, int]:
+    """The program for batches like `batch` (arrays or their shapes), its sub-batches and the bytes of a device that it uses.
+
+    The other arguments are those of CompiledStep.
+    """
+    (queries, query_length), (passages, passage_length) = batch.query_ids.shape, batch.passage_ids.shape
+    say(f"compiling for {queries} queries of {query_length} tokens and {passages} passages of {passage_length} …")
+    program, parts, used = fitting(
+        lambda parts: make(parts).lower(state, batch).compile(),
+        queries=(queries // row_groups, query_length),
+        passages=(passages // row_groups, passage_length),
+        tokens=sub_batch_tokens,
+        limit=_smallest_everywhere(_SHARE * device_memory()),
+    )
+    if parts.passages > 1:
+        say(f"  passages in {parts.passages} sub-batches, {used / 1e9:.1f} GB a device")
+    return program, parts, used
 
 
 def fitting(

@@ -1,7 +1,7 @@
 """The story of a run: prepare → build → restore → (step, log, evaluate, save)* → release → report.
 
-Not here: what it starts from (start.py), what a step computes (step.py), what a measure means (evaluate.py), how results look
-(report.py).
+Not here: what it starts from (start.py), what it would take (plan.py), what a step computes (step.py) and what is seen of it
+(meter.py), what a measure means (evaluate.py), how results look (report.py).
 """
 
 import dataclasses
@@ -9,39 +9,39 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import FrozenConfigDict
-from tqdm import tqdm
 
 import m3jax
 from m3jax.card import CARD
-from m3jax.config import M3Config
 from m3jax.model import M3, cast
 from m3jax.sharding import make_mesh
 from train import Config
 from train.checkpoints import Checkpoints
 from train.compiled import CompiledStep
 from train.console import describe, say
-from train.data.pipeline import Batches, prefetch
+from train.data.pipeline import prefetch
 from train.evaluate import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
+from train.flops import matrix_rate
+from train.log import Log
+from train.meter import Meter
 from train.objective import hybrid_weights, loss_arguments
-from train.optimizer import learning_rate, make_optimizer
-from train.processes import agreed, first_then_others, is_first, on_host, placed, rows_held
+from train.optimizer import make_optimizer
+from train.plan import plan
+from train.preemption import Preemption, Stopped
+from train.processes import agreed, first_then_others, is_first, on_host, placed
 from train.release import card_of_run
 from train.report import write_report
-from train.start import check, length_groups, listed, path_of, read_rows, read_sets, start_model
+from train.start import check, listed, path_of, read_rows, read_sets, start_batches, start_model
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
 from train.tasks import Task
@@ -58,10 +58,18 @@ _KEPT = (
 def train(config: Config) -> dict[str, Any]:
     """Run `config` (every key is in configs/base.py) from its beginning or its last checkpoint to its report.
 
-    Returns the content of results.json, on the first of several processes. Raises ValueError, before training starts, on data,
-    sizes or settings that cannot be trained, and during it on a loss that is not finite.
+    Returns the content of results.json on the first of several processes, or with `plan_only` the plan alone, which leaves no
+    run. Raises ValueError, before training starts, on data, sizes or settings that cannot be trained, and during it on a loss
+    that is not finite; Stopped when SIGTERM asks for it, with the last step saved.
     """
     check(config)
+    if config.plan_only:
+        return plan(config)
+    with Preemption() as preemption:
+        return _run(config, preemption)
+
+
+def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
@@ -69,20 +77,7 @@ def train(config: Config) -> dict[str, Any]:
     m3 = first_then_others(lambda: start_model(config))
     source = read_rows(config, m3.tokenizer)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    held, row_groups = rows_held(mesh)
-    batches = Batches(
-        source,
-        seed=config.seed,
-        groups=length_groups(config, row_groups),
-        group_size=config.group_size,
-        pad_id=m3.tokenizer.pad_id,
-        same_dataset=config.data.same_dataset,
-        weights=config.data.weights,
-        shuffle_segments=config.shuffle_segments,
-        step=_row_step(m3.config),
-        held=held,
-        parts=row_groups,
-    )
+    batches = start_batches(config, source, mesh, m3.config)
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
     every = config.to_dict()
@@ -90,7 +85,12 @@ def train(config: Config) -> dict[str, Any]:
     kept |= {"hybrid_weights": hybrid_weights(config), "loss_weights": loss_arguments(config)["loss_weights"]}
     settings = kept | {"data": source.name}
     optimizer = make_optimizer(config)
-    with jax.set_mesh(mesh), Checkpoints(run / "checkpoints", keep=config.keep_checkpoints, settings=settings) as saved:
+    folder = config.checkpoints or str(run / "checkpoints")
+    best = config.keep_best if dev else ""
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(folder, keep=config.keep_checkpoints, best=best, settings=settings) as saved,
+    ):
         saved.check(m3.config)  # before anything is written
         state = make_state(m3.params, optimizer, mesh)
         first = saved.last or 0
@@ -99,22 +99,38 @@ def train(config: Config) -> dict[str, Any]:
         if first:
             state = saved.restore(state)
             say(f"going on after step {first}")
-        log = _Log(run / "metrics.jsonl", after=first)
         fixed = FrozenConfigDict(config)
         step = CompiledStep(
             lambda sub_batches: make_step(m3.config, fixed, optimizer, mesh, state, sub_batches),
-            row_groups=row_groups,
+            row_groups=batches.parts,
             sub_batch_tokens=config.sub_batch_tokens,
         )
-        given = (placed(batch, mesh) for batch in prefetch(batches, first, config.steps))
-        for done, now in _steps(config, step, state, given, first, log):
-            state = now
-            if dev and _at(config.evaluate_every, done, config):
-                clock.lap("train")
-                log.write(done, _dev_scores(config, _model(m3, state), dev))
-                clock.lap("evaluate")
-            if _at(config.save_every, done, config):
-                saved.save(m3.config, m3.tokenizer, state, done)
+        rate = matrix_rate(mesh, config.dtype)
+        with (
+            Log(run, after=first) as log,
+            Meter(config, log, batches, first=first, rate=rate) as meter,
+            preemption.deferred(),
+        ):
+            for done, rows in enumerate(prefetch(batches, first, config.steps), first + 1):
+                batch = placed(rows, mesh)
+                meter.begin(batch)
+                state, measures = step(state, batch)
+                meter.run(done, measures)
+                measuring = dev is not None and _at(config.evaluate_every, done, config)
+                saving = _at(config.save_every, done, config)
+                stopping = preemption.reached(done)
+                if measuring or saving or stopping:
+                    meter.finish()  # the state must be finite, and the line written
+                scores = {}
+                if dev is not None and measuring:
+                    clock.lap("train")
+                    scores = _dev_scores(config, _model(m3, state), dev)
+                    log.write(done, scores)
+                    clock.lap("evaluate")
+                if saving or stopping or saved.is_best(scores):
+                    saved.save(m3.config, m3.tokenizer, state, done, scores)
+                if stopping:
+                    raise Stopped(f"stopped after step {done:,}, which is saved")
         trained = _model(m3, state)
     clock.lap("train")
 
@@ -156,94 +172,21 @@ def train(config: Config) -> dict[str, Any]:
     write_whole(run / "model" / CARD, card_of_run(trained.config, results, kept))
     report = write_report(run)
     took = f" after going on from step {first}" if first else ""
+    better = ""
+    if saved.best and saved.best[0] != config.steps:
+        better = f"best    {folder}/{saved.best[0]}, {best} {saved.best[1]:.3f}\n"
     say("\n" + format_table(results))
     if example:
         say("\n" + format_example(example, bold=os.isatty(1)))
-    say(f"\nmodel   {run / 'model'}\nreport  {report}\nin {clock.total:.0f} s{took}; to try next:")
+    say(f"\nmodel   {run / 'model'}\n{better}report  {report}\nin {clock.total:.0f} s{took}; to try next:")
     for command in results["commands"]:
         say(f"  {command}")
     return results
 
 
-def _steps(
-    config: Config, step: Any, state: TrainState, batches: Iterable[Any], first: int, log: "_Log"
-) -> Iterator[tuple[int, TrainState]]:
-    """Run the steps, giving (steps done, state) after each; measures are written one step late, while the next one runs."""
-    rate = learning_rate(config)
-    waiting: tuple[int, dict[str, jax.Array]] | None = None
-    timer = time.perf_counter()
-
-    def finish() -> None:
-        nonlocal timer
-        assert waiting is not None
-        number, measures = waiting
-        values = {name: float(value) for name, value in measures.items()}
-        tokens = values.pop("tokens")
-        if wrong := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
-            raise ValueError(
-                f"every measure of a step must be finite, but in step {number} these are not: {wrong}. The last checkpoint "
-                "is as it was; lower learning_rate, or look at the rows of that step"
-            )
-        if number - 1 < config.distill_start or config.distill_start < 0:
-            values = {name: value for name, value in values.items() if not name.startswith("distill/")}
-        now = time.perf_counter()
-        values |= {
-            "learning_rate": float(jnp.asarray(rate((number - 1) // config.accumulate))),
-            "tokens_per_second": tokens / (now - timer),
-        }
-        timer = now
-        if number % config.log_every == 0 or number in (1, config.steps):
-            log.write(number, values)
-            bar.set_postfix({name.split("/")[-1]: f"{values[name]:.3f}" for name in _SHOWN}, refresh=False)
-        bar.update()
-
-    # Redrawn twice a second on a terminal; in a file, where every redrawing stays, each half minute.
-    interval = 0.5 if os.isatty(2) else 30
-    with tqdm(total=config.steps, initial=first, unit="step", desc="train", mininterval=interval) as bar:
-        for done, batch in enumerate(batches, first + 1):
-            state, measures = step(state, batch)
-            if waiting:
-                finish()
-            waiting = done, measures
-            if _at(config.save_every, done, config) or _at(config.evaluate_every, done, config):
-                finish()  # before its state is saved or measured: it must be finite, and its line written
-                waiting = None
-            yield done, state
-            if waiting is None:
-                timer = time.perf_counter()  # what was done with the state is not the next step's time
-
-
-def _row_step(model: M3Config) -> int:
-    """What rows are multiples of: attention on TPU has a kernel for 128 tokens and their multiples alone."""
-    return 128 if jax.default_backend() == "tpu" and model.max_length % 128 == 0 else 1
-
-
 def _at(every: int, done: int, config: Config) -> bool:
     """Whether something that happens `every` so many steps, and at the end, happens after `done` steps."""
     return done % every == 0 or done == config.steps
-
-
-_SHOWN = ("loss", "loss/dense", "loss/sparse", "loss/colbert", "loss/hybrid")
-
-
-class _Log:
-    """metrics.jsonl: one JSON object a line; lines after the step that a run goes on from are taken out first."""
-
-    def __init__(self, path: Path, *, after: int):
-        kept = []
-        if path.exists() and after:
-            # A line without its end is one that a kill cut off.
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
-        self._path = path if is_first() else Path(os.devnull)
-        self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
-        if is_first():
-            write_whole(path, "".join(kept))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        seconds = round(time.perf_counter() - self._began, 3)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds} | values) + "\n")
 
 
 class _Clock:

@@ -3,6 +3,7 @@
 Not here: what a run does (loop.py) and what its keys mean (configs/base.py).
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,22 +14,27 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of confi
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the configuration; what a user can cause ends in one line, not in a traceback."""
+    """Run the configuration; what a user can cause ends in one line, not in a traceback, and SIGTERM in the exit code 75."""
     if len(arguments) > 1:
         raise app.UsageError(f"every option starts with --config, got {' '.join(arguments[1:])}")
     config = _CONFIG.value
-    run = Path(config.output)
-    run.mkdir(parents=True, exist_ok=True)
     try:
         # Imported after the flags are read, so that a typo answers at once, and what libraries say is caught.
-        from train.console import libraries_to
+        from train.console import libraries_to, say
         from train.processes import join, log_file
 
         join(config.distributed)
-        with libraries_to(run / log_file()):
+        log = Path(os.devnull) if config.plan_only else Path(config.output, log_file())
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with libraries_to(log):
             from train.loop import train
+            from train.preemption import EXIT_CODE, Stopped
 
-            train(config)
+            try:
+                train(config)
+            except Stopped as stopped:
+                say(f"{stopped}; start the same command again to go on")
+                raise SystemExit(EXIT_CODE) from stopped
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

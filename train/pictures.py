@@ -1,4 +1,4 @@
-"""The pictures of a run as SVG text: losses and development scores by step, and quality by test set.
+"""The pictures of a run as SVG text: losses, gradients, speed and development scores by step, and quality by test set.
 
 Files, HTML and the shape of results.json are not known here: plain numbers come in, one <svg> element goes out.
 """
@@ -75,12 +75,20 @@ _WIDTH = 5.4  # inches: readable at the width of a phone, and two abreast on a d
 
 
 def colour_name(function: str) -> str:
-    """The name in PALETTE of a row's colour: a function's own, one for BM25, one for everything untrained.
+    """The name in PALETTE of a row's or a curve's colour: a function's own, one for BM25, one for everything untrained.
 
     >>> colour_name("dense+sparse"), colour_name("untrained all"), colour_name("hybrid")
     ('dense-sparse', 'untrained', 'all')
     """
-    known = {"BM25": "bm25", "dense+sparse": "dense-sparse", "hybrid": "all"}.get(function, function)
+    known = {
+        "BM25": "bm25",
+        "dense+sparse": "dense-sparse",
+        "hybrid": "all",
+        "passages": "sparse",
+        "encoder": "ink",
+        "": "ink",
+    }
+    known = known.get(function, function)
     if known.startswith("untrained "):
         return "untrained"
     return known if known in PALETTE else "soft"
@@ -129,42 +137,85 @@ def _legend(axes: Axes, columns: int) -> None:
 def draw_loss(metrics: Sequence[Mapping[str, float]]) -> str | None:
     """The loss of each function by step, self-distillation below it once there is some; None without either.
 
-    Each logged value is thin, the mean of the last `smoothing_window` of them bold. The axis is logarithmic where the
-    values span more than a factor of ten.
+    Here and in the next two, each logged value is thin, and the mean of the last `smoothing_window` of them bold; the axis is
+    logarithmic where the values span more than a factor of ten.
     """
-    panels = {
-        title: {
-            part: line
-            for part in ("dense", "sparse", "colbert", "hybrid")
-            if len((line := series(metrics, f"{prefix}/{part}"))[0])
-        }
-        for prefix, title in (("loss", "Contrastive loss"), ("distill", "Self-distillation loss"))
-    }
+    parts = ("dense", "sparse", "colbert", "hybrid")
+    return _draw_panels(
+        {
+            title: {part: series(metrics, f"{prefix}/{part}") for part in parts}
+            for prefix, title in (("loss", "Contrastive loss"), ("distill", "Self-distillation loss"))
+        },
+        smoothing_window(metrics),
+    )
+
+
+def draw_gradients(metrics: Sequence[Mapping[str, float]]) -> str | None:
+    """The gradient's norm in the encoder and each head by step, and the terms with a weight a text; None without either."""
+    return _draw_panels(
+        {
+            "Gradient norm": {
+                part: series(metrics, f"gradient_norm/{part}") for part in ("encoder", "sparse", "colbert")
+            },
+            "Terms with a weight above 0, a text": {
+                name: series(metrics, f"active_terms/{key}")
+                for name, key in (("passages", "passage"), ("queries", "query"))
+            },
+        },
+        smoothing_window(metrics),
+    )
+
+
+def draw_speed(metrics: Sequence[Mapping[str, float]]) -> str | None:
+    """Tokens a second, model-FLOPs utilisation and padding by step; None where no step was timed."""
+    tokens, utilisation, padding = (series(metrics, key) for key in ("tokens_per_second", "mfu", "padding"))
+    return _draw_panels(
+        {
+            "Tokens a second, without padding": {"": tokens},
+            "Model-FLOPs utilisation, %": {"": (utilisation[0], 100 * utilisation[1])},
+            "Padding, % of the places in a batch": {"": (padding[0], 100 * padding[1])},
+        },
+        smoothing_window(metrics),
+        from_zero=True,
+    )
+
+
+def _draw_panels(
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], window: int, *, from_zero: bool = False
+) -> str | None:
+    """One picture of curves by step, {title: {name: (steps, values)}}, without what has no values; None if nothing has.
+
+    A name "" is not shown.
+    """
+    panels = {title: {name: line for name, line in lines.items() if len(line[0])} for title, lines in panels.items()}
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
         return None
-    window = smoothing_window(metrics)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 1.1 + 1.8 * len(panels)), layout="constrained")
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, lines) in zip(rows, panels.items(), strict=True):
-            for part, (steps, values) in lines.items():
+            for name, (steps, values) in lines.items():
                 if window > 1:
-                    axes.plot(steps, values, color=_colour(part), linewidth=0.8, alpha=0.28)
+                    axes.plot(steps, values, color=_colour(name), linewidth=0.8, alpha=0.28)
                 size = min(window, len(values))
                 mean = np.convolve(values, np.full(size, 1 / size), "valid")
                 marker = "o" if len(mean) == 1 else ""
-                axes.plot(steps[size - 1 :], mean, color=_colour(part), label=part, marker=marker)
+                axes.plot(steps[size - 1 :], mean, color=_colour(name), label=name, marker=marker)
             finite = [value for _, values in lines.values() for value in values if math.isfinite(value)]
+            if from_zero:
+                axes.set_ylim(bottom=0)
             # At random weights the sparse loss starts far above the others and would press them flat.
-            if finite and max(finite) > 10 * min(finite) > 0:
+            elif finite and max(finite) > 10 * min(finite) > 0:
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
             axes.grid(axis="y")
-            axes.set_title(title, pad=24)
-            _legend(axes, len(lines))
+            named = any(lines)
+            axes.set_title(title, pad=24 if named else None)
+            if named:
+                _legend(axes, len(lines))
         rows[-1].set_xlabel("step")
         return _svg(figure)
 

@@ -19,8 +19,10 @@ from train.pictures import (
     THEME,
     colour_name,
     draw_dev,
+    draw_gradients,
     draw_loss,
     draw_quality,
+    draw_speed,
     series,
     smoothing_window,
     standalone,
@@ -36,14 +38,7 @@ from train.results import (
     read_metrics,
     read_results,
 )
-from train.tables import mark_terms
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+from train.tables import format_duration, mark_terms
 
 
 def _amount(count: int) -> str:
@@ -57,12 +52,12 @@ def _html_head(results: Results, metrics: Sequence[Mapping[str, float]]) -> str:
     seconds, losses = results.get("seconds", {}), [row for row in metrics if "loss" in row]
     facts = [f"<b>{_amount(results['parameters'])} parameters</b>"] if "parameters" in results else []
     facts += [f"<b>{losses[-1]['step']:,} steps</b>"] if losses else []
-    facts += [f"<b>{_duration(seconds['total'])}</b> from start to end"] if "total" in seconds else []
+    facts += [f"<b>{format_duration(seconds['total'])}</b> from start to end"] if "total" in seconds else []
     facts += [escape(results["hardware"])] if "hardware" in results else []
     when = f" · {results['date'].replace('T', ' ')}" if "date" in results else ""
     html = f'<div class="kicker">m3jax training run{escape(when)}</div><h1>{escape(results["name"])}</h1>'
     html += f'<p class="lead">{" · ".join(facts)}</p>' if facts else ""
-    phases = [f"{escape(name)} {_duration(value)}" for name, value in seconds.items() if name != "total"]
+    phases = [f"{escape(name)} {format_duration(value)}" for name, value in seconds.items() if name != "total"]
     html += f'<p class="soft">{" · ".join(phases)}</p>' if phases else ""
     if broken := [row["step"] for row in losses if not math.isfinite(row["loss"])]:
         html += (
@@ -203,13 +198,16 @@ def _page(results: Results, metrics: Sequence[Mapping[str, float]], pictures: Ma
         "quality": "Wide bar: trained. Thin grey bar: untrained. Dashed line: BM25.",
         "loss": "Lower is better." + f" Thin: each logged step. Bold: mean of {window} of them." * (window > 1),
         "dev": "Higher is better, 1 is perfect.",
+        "gradients": "Before clipping. A sparse head whose terms go to 0 has collapsed.",
+        "speed": "Means between logged steps, without compiling and measuring. Utilisation: the encoder's products on real "
+        "tokens, over what products of large matrices reach here.",
     }
     figures = dict.fromkeys(captions, "")
     for name, svg in pictures.items():
         # Identifiers must be unique in a page that holds several pictures.
         svg = re.sub(r'id="|url[(]#|href="#', lambda found, name=name: f"{found.group()}{name}-", svg)
         figures[name] = f"<figure>{svg}<figcaption>{captions[name]}</figcaption></figure>"
-    curves = figures["loss"] + figures["dev"]
+    curves = figures["loss"] + figures["dev"] + figures["gradients"] + figures["speed"]
     example = results.get("example")
     body = (
         _html_head(results, metrics)
@@ -229,7 +227,7 @@ def _page(results: Results, metrics: Sequence[Mapping[str, float]], pictures: Ma
 
 
 def write_report(run_directory: Path) -> Path:
-    """Writes report.html and pictures/{loss,dev,quality}.svg of a run from its results.json and metrics.jsonl.
+    """Writes report.html and pictures/{quality,loss,dev,gradients,speed}.svg of a run from results.json and metrics.jsonl.
 
     The page and the pictures need nothing but themselves and follow the reader's light or dark theme. A picture without
     data is left out, and one of an earlier report is removed. Returns the page's path. Raises ValueError that names the
@@ -238,7 +236,13 @@ def write_report(run_directory: Path) -> Path:
     run_directory = Path(run_directory)
     results = read_results(run_directory / "results.json")
     metrics = read_metrics(run_directory / "metrics.jsonl")
-    drawn = {"loss": draw_loss(metrics), "dev": draw_dev(metrics, FUNCTIONS), "quality": draw_quality(ndcg_of(results))}
+    drawn = {
+        "quality": draw_quality(ndcg_of(results)),
+        "loss": draw_loss(metrics),
+        "dev": draw_dev(metrics, FUNCTIONS),
+        "gradients": draw_gradients(metrics),
+        "speed": draw_speed(metrics),
+    }
     pictures = {name: svg for name, svg in drawn.items() if svg is not None}
     folder = run_directory / "pictures"
     folder.mkdir(exist_ok=True)

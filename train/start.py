@@ -1,6 +1,6 @@
-"""What a run starts from, checked: its settings, the sets that measure it, the model, the rows, the size of batches.
+"""What a run starts from, checked: its settings, the sets that measure it, the model, its rows and their batches.
 
-Not here: how rows are prepared and batched (data/), and the run itself (loop.py).
+Not here: how rows are kept and drawn (data/), and the run itself (loop.py).
 """
 
 import hashlib
@@ -13,19 +13,24 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from m3jax import sources
+from m3jax import checkpoint, paths, sources, weights
 from m3jax.config import M3Config
 from m3jax.losses import PARTS
-from m3jax.model import M3, init
+from m3jax.model import M3, init, shapes
+from m3jax.retrieval import FUNCTIONS
 from m3jax.tokenization import Tokenizer
 from m3jax.xlm_roberta import Remat
 from train import Config
 from train.console import say
 from train.data import cldr
 from train.data.builders import RowSource, prepare
+from train.data.pipeline import Batches
 from train.data.streams import LengthGroup
 from train.objective import OBJECTIVES, TEACHERS
+from train.processes import rows_held
+from train.results import METRICS
 from train.tasks import Task, read_task, read_tasks
 
 _DEMO = "cldr"
@@ -83,6 +88,14 @@ def check(config: Config) -> None:
     ]
     if config.steps % max(1, config.accumulate):
         wrong.append(f"steps = {config.steps}, expected a multiple of accumulate = {config.accumulate}")
+    measures = [f"dev/{function}/{metric}" for function in FUNCTIONS for metric in METRICS]
+    if config.keep_best not in ("", *measures):
+        wrong.append(f"keep_best = {config.keep_best!r}, expected '' or one of {', '.join(measures)}")
+    if paths.is_url(config.checkpoints) and not config.checkpoints.startswith("gs://"):
+        wrong.append(
+            f"checkpoints = {config.checkpoints!r}, expected a local folder or gs://…, the one store that Orbax writes to "
+            "itself: mount another one as a folder"
+        )
     if wrong:
         raise ValueError("settings that no run can have: " + "; ".join(wrong))
 
@@ -120,23 +133,23 @@ def read_sets(config: Config) -> tuple[Task | None, list[Task]]:
     return dev, read_tasks([path_of(config, path) for path in listed(config.data.test)])
 
 
-def start_model(config: Config) -> M3:
-    """The model to train, its parameters float32: that of `init_from`, or random weights of the config's sizes."""
+def start_model(config: Config, *, values: bool = True) -> M3:
+    """The model to train, its parameters float32: that of `init_from`, or random weights of the config's sizes.
+
+    values: False gives the parameters as jax.ShapeDtypeStruct, and reads or draws none.
+    """
     if not config.data.train:
         raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
     if config.init_from:
         if config.tokenizer:
             raise ValueError(f"init_from brings its tokenizer; got tokenizer={config.tokenizer!r} too, leave it out")
-        # In host memory: `m3jax.load` would give each device a copy, beside the one that the mesh splits.
-        model, params, tokenizer = sources.read(
-            config.init_from, heads=config.heads, colbert_dim=config.model.colbert_dim or None
-        )
-        if config.model.colbert_dim not in (0, model.colbert_dim):
+        m3 = _read(config) if values else _described(config)
+        if config.model.colbert_dim not in (0, m3.config.colbert_dim):
             raise ValueError(
                 f"model.colbert_dim is the width of a new colbert head, but that of {config.init_from} has "
-                f"{model.colbert_dim}, got {config.model.colbert_dim}; leave it out, or shorten it with matryoshka.colbert"
+                f"{m3.config.colbert_dim}, got {config.model.colbert_dim}; leave it out, or shorten it with "
+                "matryoshka.colbert"
             )
-        m3 = M3(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params), tokenizer)
     else:
         named = config.tokenizer
         if not named and _DEMO in listed(config.data.train):
@@ -152,7 +165,7 @@ def start_model(config: Config) -> M3:
         sizes = config.model.to_dict()
         sizes["colbert_dim"] = sizes["colbert_dim"] or sizes["hidden_size"]
         model = M3Config(vocab_size=tokenizer.vocab_size, **sizes, **ids)
-        m3 = M3(model, init(model, jax.random.key(config.seed)), tokenizer)
+        m3 = M3(model, init(model, jax.random.key(config.seed)) if values else shapes(model), tokenizer)
     for key in ("query_max_length", "passage_max_length"):
         if config[key] > m3.config.max_length:
             raise ValueError(f"{key} must fit the position table, at most {m3.config.max_length}, got {config[key]}")
@@ -163,6 +176,25 @@ def start_model(config: Config) -> M3:
                 f"matryoshka.{function} holds widths from 1 to below the full one, {most}, each once; got {widths}"
             )
     return m3
+
+
+def _read(config: Config) -> M3:
+    # In host memory: `m3jax.load` would give each device a copy, beside the one that the mesh splits.
+    model, params, tokenizer = sources.read(
+        config.init_from, heads=config.heads, colbert_dim=config.model.colbert_dim or None
+    )
+    return M3(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params), tokenizer)
+
+
+def _described(config: Config) -> M3:
+    with sources.local(config.init_from) as directory:
+        if checkpoint.is_checkpoint(directory):
+            model, tokenizer = checkpoint.describe(directory)
+        else:  # mapped, not read
+            model, _, tokenizer = weights.read(
+                directory, heads=config.heads, colbert_dim=config.model.colbert_dim or None
+            )
+    return M3(model, shapes(model), tokenizer)
 
 
 def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
@@ -192,6 +224,26 @@ def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
             stacklevel=2,
         )
     return source
+
+
+def start_batches(config: Config, source: RowSource, mesh: Mesh, model: M3Config) -> Batches:
+    """The batches of the run by step: of each the rows that this process holds."""
+    held, row_groups = rows_held(mesh)
+    # Attention on TPU has a kernel for rows of 128 tokens and their multiples alone.
+    tpu = mesh.devices.flat[0].platform == "tpu" and model.max_length % 128 == 0
+    return Batches(
+        source,
+        seed=config.seed,
+        groups=length_groups(config, row_groups),
+        group_size=config.group_size,
+        pad_id=model.pad_token_id,
+        same_dataset=config.data.same_dataset,
+        weights=config.data.weights,
+        shuffle_segments=config.shuffle_segments,
+        step=128 if tpu else 1,
+        held=held,
+        parts=row_groups,
+    )
 
 
 def length_groups(config: Config, rows: int) -> list[LengthGroup]:

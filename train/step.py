@@ -15,12 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from m3jax.config import M3Config
 from m3jax.heads import normalize
 from m3jax.losses import candidates, m3_loss
-from m3jax.model import Params, apply, cast
+from m3jax.model import Params, apply, cast, flatten
 from m3jax.representations import Representations
 from m3jax.scores import all_scores, colbert_scores, dense_scores
 from m3jax.sharding import BATCH, shardings
 from train import Config
 from train.data.pipeline import Batch
+from train.flops import step_flops
 from train.objective import hybrid_weights, loss_arguments
 from train.optimizer import FROZEN, parameter_groups
 from train.sub_batch import ONE_PASS, SubBatches, encode_in
@@ -131,14 +132,33 @@ def make_step(
         with jax.default_matmul_precision("highest"):
             gradients, measures = jax.grad(loss, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        measures["gradient_norm"] = optax.tree.norm(gradients)
-        measures["tokens"] = batch.query_mask.sum() + batch.passage_mask.sum()
+        measures |= gradient_norms(gradients) | work(model, batch)
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, moments, state.step + 1), measures
 
     places = jax.tree.map(lambda x: x.sharding, state)
     rows = NamedSharding(mesh, BATCH)
     return jax.jit(step, in_shardings=(places, rows), out_shardings=(places, None), donate_argnums=0)
+
+
+def gradient_norms(gradients: Params) -> dict[str, jax.Array]:
+    """The global norm, before it is clipped, and that of the encoder and of each head."""
+    parts = {"encoder": "encoder/", "sparse": "heads/sparse_linear/", "colbert": "heads/colbert_linear/"}
+    norms = {"gradient_norm": optax.tree.norm(gradients)}
+    for part, prefix in parts.items():
+        if of := [x for path, x in flatten(gradients).items() if path.startswith(prefix)]:
+            norms[f"gradient_norm/{part}"] = optax.tree.norm(of)
+    return norms
+
+
+def work(model: M3Config, batch: Any) -> dict[str, jax.Array]:
+    """Of a global batch: its real tokens, the places for them with padding, and the encoder's FLOPs on the real ones."""
+    queries, passages = (mask.sum(axis=-1) for mask in (batch.query_mask, batch.passage_mask))
+    return {
+        "tokens": queries.sum() + passages.sum(),
+        "places": jnp.float32(batch.query_mask.size + batch.passage_mask.size),
+        "flops": step_flops(model, queries, passages).encoder,
+    }
 
 
 def _active_terms(given: Representations, texts: int | jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The results of a run as text for a terminal: the table, and the worked example with its matched terms marked.
+"""The results of a run as text for a terminal: durations, the table, and the worked example with its matched terms marked.
 
 Not here: the page with pictures (report.py).
 """
@@ -9,6 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from train.results import METRICS, cells_of, names_of, notes_of
+
+
+def format_duration(seconds: float) -> str:
+    """
+    >>> format_duration(3.14), format_duration(75), format_duration(7380)
+    ('3.1 s', '1 min 15 s', '2 h 3 min')
+    """
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def format_table(results: Mapping[str, Any]) -> str:

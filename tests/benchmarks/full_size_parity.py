@@ -45,7 +45,9 @@ def make(tokenizer: Path, directory: Path) -> None:
         tokenizer_file=str(tokenizer),
         model_max_length=8192,
         bos_token="<s>",
+        cls_token="<s>",
         eos_token="</s>",
+        sep_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
     ).save_pretrained(directory)

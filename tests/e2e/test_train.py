@@ -5,6 +5,7 @@ Not here: the parts of a run, each of which has its own file, and how well anyth
 
 import ast
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,12 +31,12 @@ import train.data.cldr
 import train.evaluate
 import train.loop
 import train.main as program
-from configs import base
-from tests.e2e.small_run import FUNCTIONS, SIZES, TRAINING, write, write_set
+from tests.small_run import FUNCTIONS, SIZES, small_config, write, write_set
 from train.example import worked_example
 from train.sub_batch import ONE_PASS
 
 ROOT = Path(__file__).parents[2]
+RATES = ("steps_per_second", "tokens_per_second", "padding", "mfu")
 _COMPILED_IN = (
     *("seed", "steps", "warmup", "learning_rate", "distill_start", "temperature", "length_groups", "dropout"),
     *("objective", "teacher"),
@@ -51,21 +52,10 @@ def data(tmp_path_factory, tiny_tokenizer_json):
 
 @pytest.fixture(scope="module")
 def configured(data):
-    """configured(output, key=value, …): base.py at the sizes above, on `data`."""
+    """configured(output, key=value, …): base.py at small sizes, on `data`."""
 
     def make(output, **changes):
-        config = base.get_config()
-        config.name, config.output = "tiny", str(output)
-        config.model.update(SIZES)
-        config.tokenizer = str(data / "tokenizer.json")
-        config.data.update(
-            train=str(data / "train.jsonl"), dev=str(data / "dev"), test=f"{data / 'test'},{data / 'test-unseen'}"
-        )
-        config.data.folder = str(data / "prepared")
-        config.update(TRAINING)
-        config.example.update(query="*.sw.*", language="Swahili")
-        config.update_from_flattened_dict(changes)
-        return config
+        return small_config(data, output, **changes)
 
     return make
 
@@ -112,7 +102,7 @@ def ran(configured, tmp_path_factory, all_steps):
 def metrics(run, *, timeless=False):
     """The lines of metrics.jsonl; timeless: without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "tokens_per_second") if timeless else ()
+    clock = ("seconds", *RATES) if timeless else ()
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
@@ -129,10 +119,17 @@ def test_metrics(ran):
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
     parts = {f"loss/{name}" for name in ("dense", "sparse", "colbert", "hybrid")}
-    measures = {"step", "seconds", "loss", "gradient_norm", "learning_rate", "tokens_per_second"}
-    measures |= parts | {"active_terms/query", "active_terms/passage"}
+    measures = {"step", "seconds", "loss", "learning_rate", "active_terms/query", "active_terms/passage"} | parts
+    measures |= {"gradient_norm", *(f"gradient_norm/{part}" for part in ("encoder", "sparse", "colbert"))}
     taught = {f"distill/{name}" for name in ("dense", "sparse", "colbert")}
-    assert [set(row) for row in trained] == [measures, measures, measures | taught, measures | taught]
+    rates = set(RATES)  # the first step was compiled
+    assert [set(row) for row in trained] == [measures, measures | rates, *[measures | rates | taught] * 2]
+    assert all(0 < row[name] < 1 for row in trained[1:] for name in ("padding", "mfu"))
+    for row in trained:
+        norms = [row[f"gradient_norm/{part}"] for part in ("encoder", "sparse", "colbert")]
+        assert np.linalg.norm(norms) == pytest.approx(row["gradient_norm"], rel=1e-5)
+        # At this learning rate the sparse head does not live long.
+        assert [norm > 0 for norm in norms] == [True, row["active_terms/query"] > 0, True]
     assert [row["learning_rate"] for row in trained] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     evaluated = [row for row in rows if "dev/all/ndcg_at_10" in row]
     assert [row["step"] for row in evaluated] == [2, 4]
@@ -163,11 +160,21 @@ def test_results(ran, data):
 def test_files(ran):
     run, _ = ran
     assert {path.name for path in run.iterdir()} == {
-        *("checkpoints", "model", "pictures", "metrics.jsonl", "report.html", "results.json", "untrained.json"),
+        *("checkpoints", "model", "pictures", "tensorboard"),
+        *("metrics.jsonl", "report.html", "results.json", "untrained.json"),
     }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "4"}
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "tiny" in page and "Swahili" in page and "nDCG@10" in page
+    for part in (
+        "tiny",
+        "Swahili",
+        "nDCG@10",
+        "Gradient norm",
+        "Tokens a second",
+        "Model-FLOPs utilisation",
+        "Padding",
+    ):
+        assert part in page
     assert not [path for path in run.rglob("*") if "partial" in path.name or "tmp" in path.name]
 
 
@@ -353,12 +360,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(configured, steps, tmp_path, sa
     config = configured(tmp_path, save_every=save_every, evaluate_untrained=False, **{"data.dev": "", "data.test": ""})
     with pytest.raises(ValueError, match="step 3") as error:
         train.loop.train(config)
-    for part in ("loss", "loss/colbert", "loss/hybrid", "distill/colbert"):
+    for part in (
+        "loss",
+        "loss/colbert",
+        "loss/hybrid",
+        "distill/colbert",
+        "gradient_norm/colbert",
+        "group up to 16 tokens",
+    ):
         assert part in str(error.value)
     assert "loss/dense" not in str(error.value)
+    assert len(set(re.findall(r"train\.jsonl:\d+", str(error.value)))) == 4  # a batch is four rows
     assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == last
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(m3jax.load(tmp_path / "checkpoints").params))
     assert not (tmp_path / "model").exists()
+
+
+def test_the_best_step_is_kept(configured, tmp_path, monkeypatch, capfd):
+    """It is saved because it is the best, and it outlives those after it."""
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+    monkeypatch.setattr(train.loop, "_dev_scores", lambda *_: {"dev/all/ndcg_at_10": next(scores)})
+    changes = {
+        "evaluate_every": 1,
+        "save_every": 3,
+        "keep_checkpoints": 1,
+        "evaluate_untrained": False,
+        "data.test": "",
+    }
+    train.loop.train(configured(tmp_path, **changes))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+    assert f"best    {tmp_path / 'checkpoints' / '2'}, dev/all/ndcg_at_10 0.900\n" in capfd.readouterr().out
 
 
 def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path):
@@ -411,6 +442,8 @@ def test_bad_rows_end_a_run_before_it_starts(data, configured, steps, tmp_path, 
         ({"hybrid_weights": (1.0, 0.3)}, r"hybrid_weights = \(1.0, 0.3\), expected three numbers from 0 up"),
         ({"loss_weights": (1.0, -0.1, float("nan"))}, r"loss_weights = \(1.0, -0.1, nan\), expected three numbers"),
         ({"seed": -1}, "seed = -1, expected from 0 up"),
+        ({"checkpoints": "memory://run"}, "checkpoints = 'memory://run', expected a local folder or gs://…"),
+        ({"keep_best": "dev/all/ndcg"}, "keep_best = 'dev/all/ndcg', expected '' or one of dev/dense/ndcg_at_10, "),
         ({"mesh.data": 3}, "mesh sizes must multiply to the number of devices"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -94,7 +94,7 @@ class Batches:
         self._pad_id = pad_id
         self._shuffle_segments = shuffle_segments
         self._held = list(held)
-        self._parts = parts
+        self.parts = parts  # that a batch's rows are split into
         self._most_positives = int(source.positives.max())
         self._sizes = group_sizes(source, group_size)
         self._fills = fills(source)
@@ -122,7 +122,7 @@ class Batches:
         everyone = stream.members[draw.places]
         # Of the global batch, so that all processes have one shape.
         query_length = stream.queries_as_long_as(self._source.query_lengths[everyone].max())
-        mine = np.arange(len(everyone)).reshape(self._parts, -1)[self._held].ravel()
+        mine = np.arange(len(everyone)).reshape(self.parts, -1)[self._held].ravel()
         indices = everyone[mine]
         rows = self._source.rows(indices)
         passages: list[_Passage] = []

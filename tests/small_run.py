@@ -1,10 +1,11 @@
-"""The data, sizes and settings of a run that takes seconds."""
+"""Rows, evaluation folders and settings of training runs that take seconds, for the tests of whole runs."""
 
 import json
 
 import numpy as np
 
 import m3jax
+from configs import base
 
 WORDS = (
     "quick",
@@ -78,3 +79,19 @@ def write_set(directory, tokenizer_json):
         write(directory / name / "test_queries.jsonl", queries)
         judged = [{"qid": query["id"], "docid": f"p{i}", "relevance": 1} for i, query in enumerate(queries)]
         write(directory / name / "test_qrels.jsonl", judged)
+
+
+def small_config(data, output, **changes):
+    """base.py at the sizes above on the folder `data`, which `write_set` has written."""
+    config = base.get_config()
+    config.name, config.output = "tiny", str(output)
+    config.model.update(SIZES)
+    config.tokenizer = str(data / "tokenizer.json")
+    config.data.update(
+        train=str(data / "train.jsonl"), dev=str(data / "dev"), test=f"{data / 'test'},{data / 'test-unseen'}"
+    )
+    config.data.folder = str(data / "prepared")
+    config.update(TRAINING)
+    config.example.update(query="*.sw.*", language="Swahili")
+    config.update_from_flattened_dict(changes)
+    return config

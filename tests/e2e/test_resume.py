@@ -1,0 +1,177 @@
+"""Training as a real process that is killed, or asked to stop: started again by the same command it is the run that never was.
+
+Not here: interruptions at a chosen step within one process (test_train.py).
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
+pytest.importorskip("tensorboardX", reason="training needs the train extra")
+
+from tests.small_run import SIZES, TRAINING, write_set
+
+ROOT = Path(__file__).parents[2]
+STEPS, DISTILL = 40, 20
+# Steps of some tens of milliseconds: a signal finds the run among them.
+CHANGES = {f"model.{name}": size for name, size in (SIZES | {"hidden_size": 64, "num_hidden_layers": 2}).items()}
+CHANGES |= TRAINING | {"steps": STEPS, "distill_start": DISTILL, "learning_rate": 1e-3, "dropout": 0.1}
+CHANGES |= {"length_groups": ((16, 12),), "group_size": 8, "keep_checkpoints": 3}
+# Above what rounding leaves of a gradient of 0, of which Adam would make full steps, another one on each mesh.
+CHANGES |= {"adam_eps": 1e-4}
+MAIN = ["-m", "train.main"]
+DISTRIBUTED = [
+    "-c",
+    "import jax, runpy, sys; jax.distributed.initialize('localhost:' + sys.argv.pop(1), 1, 0); "
+    "runpy.run_module('train.main', run_name='__main__', alter_sys=True)",
+]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tiny_tokenizer_json):
+    """start(run, key=value, …): the process that trains into `run`; the same run is the same command."""
+    data = tmp_path_factory.mktemp("data")
+    write_set(data, tiny_tokenizer_json)
+    paths = {"tokenizer": data / "tokenizer.json", "data.train": data / "train.jsonl", "data.folder": data / "prepared"}
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_COMPILATION_CACHE_DIR": str(data / "cache")}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    started = []
+
+    def start(run, *, devices=1, program=MAIN, **changes):
+        settings = CHANGES | paths | {"output": run, "name": "tiny"} | changes
+        flags = [f"--config.{name}={value}" for name, value in settings.items()]
+        process = subprocess.Popen(
+            [sys.executable, *program, "--config=configs/base.py", *flags],
+            cwd=ROOT,
+            env=os.environ | cache | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def finished(process):
+    """What a process says, when it has ended well."""
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The folder of a run that nothing disturbs."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert "going on" not in finished(start(run))
+    return run
+
+
+def lines(run):
+    """The finished lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def saved(run):
+    """The finished checkpoints."""
+    folder = run / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.exists() else []
+
+
+def when(process, seen):
+    """Wait for `seen()` while a process runs."""
+    while not seen():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.0005)
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def saving(run):
+    """Whether a checkpoint is being written, after others that are there."""
+    return bool(saved(run)) and any("tmp" in path.name for path in (run / "checkpoints").iterdir())
+
+
+def numbers(run):
+    """The lines without what depends on the clock."""
+    clock = ("seconds", "steps_per_second", "tokens_per_second", "padding", "mfu")
+    return [{name: value for name, value in row.items() if name not in clock} for row in lines(run)]
+
+
+def files(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def killed(start, tmp_path_factory):
+    """The folder of a run that was killed while it saved."""
+    run = tmp_path_factory.mktemp("runs") / "killed"
+    process = start(run)
+    when(process, lambda: saving(run))
+    kill(process)
+    assert saved(run)[-1] < DISTILL < STEPS
+    return run
+
+
+def test_killed_while_saving_and_between_it_goes_on_as_if_never_stopped(start, killed, whole, tmp_path):
+    run = shutil.copytree(killed, tmp_path / "run")
+    left = saved(run)[-1]
+    process = start(run)
+    when(process, lambda: len(lines(run)) > left + 5)  # among the steps
+    kill(process)
+    assert left < saved(run)[-1] < STEPS
+    assert f"going on after step {saved(run)[-1]}\n" in finished(start(run))
+    assert [row["step"] for row in lines(run)] == list(range(1, STEPS + 1))
+    assert numbers(run) == numbers(whole)
+    assert files(run / "model") == files(whole / "model")
+
+
+def test_killed_it_goes_on_with_another_mesh(start, killed, whole, tmp_path):
+    """The same rows, steps and start of distillation; the numbers are those of other sums, in another order."""
+    run = shutil.copytree(killed, tmp_path / "run")
+    said = finished(start(run, devices=4, **{"mesh.fsdp": 2}))
+    assert f"going on after step {saved(killed)[-1]}\n" in said and "on 4 devices" in said
+    assert [row["step"] for row in lines(run)] == list(range(1, STEPS + 1))
+    for found, expected in zip(numbers(run), numbers(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3), found["step"]
+        assert ("distill/dense" in found) == (found["step"] > DISTILL)
+
+
+@pytest.mark.parametrize("program", [MAIN, DISTRIBUTED], ids=["alone", "jax.distributed"])
+def test_asked_to_stop_it_saves_and_says_so(start, whole, tmp_path, program):
+    run = tmp_path / "run"
+    if program is DISTRIBUTED:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            program = [*DISTRIBUTED, str(free.getsockname()[1])]
+    process = start(run, program=program, save_every=1000)
+    when(process, lambda: len(lines(run)) > 2)
+    process.terminate()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 75, said
+    (step,) = saved(run)
+    assert step == len(lines(run)) < STEPS
+    assert re.search(f"stopped after step {step}, which is saved; start the same command again to go on\n", said)
+    assert "Traceback" not in said and not (run / "model").exists()
+    assert f"going on after step {step}\n" in finished(start(run))
+    assert numbers(run) == numbers(whole)
+    assert files(run / "model") == files(whole / "model")

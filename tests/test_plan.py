@@ -1,0 +1,161 @@
+"""The plan of a small run beside what the run itself would count; what it leaves, and what it refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
+pytest.importorskip("optax", reason="training needs the train extra")
+
+import m3jax
+import train.loop
+import train.main as program
+import train.plan
+import train.start
+from m3jax.sharding import make_mesh
+from tests.small_run import small_config, write_set
+from train.compiled import bytes_of
+from train.data.pipeline import prefetch
+from train.flops import step_flops
+from train.optimizer import make_optimizer
+from train.plan import format_plan
+from train.start import read_rows, start_batches, start_model
+from train.step import make_state, make_step
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"passage_max_length": 15, "length_groups": ((14, 3), (16, 2)), "steps": 50, "remat": "all"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tiny_tokenizer_json):
+    directory = tmp_path_factory.mktemp("data")
+    write_set(directory, tiny_tokenizer_json)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def config(data, tmp_path_factory):
+    return small_config(data, tmp_path_factory.mktemp("runs") / "planned", plan_only=True, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def planned(config):
+    """What `train` returns of a plan: no parameter is drawn for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.start, "init", lambda *_: pytest.fail("parameters were made"))
+        return train.loop.train(config)
+
+
+def texts(data):
+    """Token ids of each query, and of each row's passages, whole."""
+    tokenizer = m3jax.Tokenizer.from_file(str(data / "tokenizer.json"))
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    queries = [len(tokenizer.encode([row["query"]])[0][0]) for row in rows]
+    passages = [[len(ids) for ids in tokenizer.encode(row["pos"] + row["neg"])[0]] for row in rows]
+    return np.array(queries), np.array(passages)
+
+
+def test_rows_lengths_and_cuts(planned, data):
+    queries, passages = texts(data)
+    cut = (passages > 15).sum()
+    assert cut > 0 and planned["counts"]["passages_cut"] == cut and planned["counts"]["queries_cut"] == 0
+    longest = np.minimum(passages, 15).max(axis=1)
+    assert planned["rows"] == len(queries) == 12
+    assert planned["lengths"] == {
+        "queries": [(8, (queries <= 8).sum())],
+        "passages": [(8, (longest <= 8).sum()), (16, (longest > 8).sum())],
+    }
+
+
+def test_groups(planned, data):
+    queries, passages = texts(data)
+    longest = np.maximum(np.minimum(passages, 15).max(axis=1), queries)
+    short, long = planned["groups"]
+    assert [group["rows"] for group in (short, long)] == [(longest <= 14).sum(), (longest > 14).sum()]
+    assert [(group["max_length"], group["batch_size"]) for group in (short, long)] == [(14, 3), (16, 2)]
+    assert short["steps"] + long["steps"] == pytest.approx(50)
+    epochs = [group["steps"] * group["batch_size"] / group["rows"] for group in (short, long)]
+    assert epochs[0] == pytest.approx(epochs[1])  # each round is one of every group
+
+
+def test_memory_and_work_are_those_of_the_run(planned, config):
+    m3, mesh, optimizer = start_model(config), make_mesh(), make_optimizer(config)
+    source = read_rows(config, m3.tokenizer)
+    state = make_state(m3.params, optimizer, mesh)
+    found = {}
+    with jax.set_mesh(mesh):
+        step = make_step(m3.config, config, optimizer, mesh, state)
+        for batch in prefetch(start_batches(config, source, mesh, m3.config), 0, 20):
+            lengths = [np.full(*mask.shape) for mask in (batch.query_mask, batch.passage_mask)]
+            if len(batch.query_ids) not in found:
+                memory = bytes_of(step.lower(state, batch).compile())
+                found[len(batch.query_ids)] = (memory, *step_flops(m3.config, *lengths, again=1))
+    for group in planned["groups"]:
+        assert (group["memory"], group["encoder_flops"], group["colbert_flops"]) == found[group["batch_size"]]
+    assert planned["checkpoint"] == sum(x.nbytes for x in jax.tree.leaves(state)) and planned["checkpoints"] == 3
+
+
+def test_what_a_person_sees(planned, config, data, capsys):
+    numbers = planned | {"rate": 1e9, "devices": 8, "device": "TPU v5e", "dtype": "bfloat16", "checkpoint": 6.8e9}
+    groups = [
+        {
+            "max_length": 500,
+            "rows": 1_000_000,
+            "batch_size": 1152,
+            "steps": 900,
+            "query_tokens": 64,
+            "passage_tokens": 500,
+        },
+        {"max_length": 8192, "rows": 50, "batch_size": 8, "steps": 100, "query_tokens": 512, "passage_tokens": 8192},
+    ]
+    groups[0] |= {"sub_batches": 16, "memory": 12_345_678_901}
+    groups[1] |= {"sub_batches": 1, "memory": 7e9}
+    groups = [group | {"group_size": 2, "encoder_flops": 3e12, "colbert_flops": 1e12} for group in groups]
+    text = format_plan(numbers | {"groups": groups})
+    for part in (
+        "passages, to 15",
+        "1,000,000  1,152 × 2    900    1.04     64 × 500     16  12.35 GB      4   4e+03",
+        "8,192         50      8 × 2    100   16.00  512 × 8,192      1   7.00 GB      4   4e+03",
+        "4e+15 FLOP, of which colbert 25%",
+        "1,111 h 6 min of steps at 0.001 TFLOP/s, what products of large bfloat16 matrices reach on 8 × TPU v5e",
+        "6.8 GB; 3 are kept",
+    ):
+        assert part in text, text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_it_leaves_no_run(planned, config, tmp_path, monkeypatch, capfd):
+    assert not Path(config.output).exists()
+    flat = {name: value for name, value in config.items() if not isinstance(value, ConfigDict)}
+    nested = {f"{part}.{name}": value for part in ("model", "data") for name, value in config[part].items()}
+    settings = flat | nested | {"output": tmp_path / "run"}
+    flags = [f"--config.{name}={value}" for name, value in settings.items() if value != ""]
+    arguments = ["train.main", f"--config={ROOT / 'configs' / 'base.py'}", *flags]
+    monkeypatch.setattr(sys, "argv", arguments)  # where ml_collections looks for the keys that are changed
+    program.main(program.parse(arguments))
+    shown = capfd.readouterr().out
+    assert "compiling for 3 queries of 8 tokens and 6 passages of 14" in shown and "  checkpoint  " in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_refuses_what_the_run_would(data, tmp_path):
+    with pytest.raises(ValueError, match="rows, fewer than its batch_size 13"):
+        train.loop.train(small_config(data, tmp_path / "run", plan_only=True, length_groups=((16, 13),)))
+    with pytest.raises(ValueError, match="learning_rate"):
+        train.loop.train(small_config(data, tmp_path / "run", plan_only=True, learning_rate=-1.0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_to_start_from_is_not_read(data, tmp_path, monkeypatch):
+    """Of a released directory the names of files' tensors, of a checkpoint not even these."""
+    first = start_model(small_config(data, tmp_path))
+    m3jax.save(first, tmp_path / "released")
+    monkeypatch.setattr(train.start.sources, "read", lambda *_, **__: pytest.fail("it was read"))
+    found = start_model(small_config(data, tmp_path, init_from=str(tmp_path / "released"), tokenizer=""), values=False)
+    assert found.config == first.config and found.tokenizer.json == first.tokenizer.json
+    assert {type(x) for x in jax.tree.leaves(found.params)} == {jax.ShapeDtypeStruct}

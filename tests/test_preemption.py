@@ -1,0 +1,50 @@
+"""SIGTERM to this process: at once, after a step, and as it was before and after."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from train.preemption import Preemption, Stopped
+
+
+def ask():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_it_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), Preemption():
+        ask()
+        pytest.fail("still running")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_among_steps_it_waits_to_be_asked_for():
+    with pytest.raises(Stopped, match="after the last step"), Preemption() as preemption:
+        with preemption.deferred():
+            assert not preemption.reached(1)
+            ask()
+            assert preemption.reached(2)
+        pytest.fail("still running")
+
+
+def test_an_error_among_the_steps_is_the_one_that_is_seen():
+    with pytest.raises(ZeroDivisionError), Preemption() as preemption, preemption.deferred():
+        ask()
+        raise ZeroDivisionError
+
+
+def test_another_thread_leaves_the_signal_alone():
+    """Python refuses a handler there."""
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with Preemption() as preemption, preemption.deferred():
+            seen.append((signal.getsignal(signal.SIGTERM), preemption.reached(1)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]

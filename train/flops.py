@@ -1,0 +1,77 @@
+"""The work of a training step in floating-point operations, and the rate at which the devices here multiply matrices.
+
+Counted by hand: XLA's own cost analysis counts a loop's body once. Not here: what a run took (meter.py) or will take (plan.py).
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from m3jax.config import M3Config
+
+
+class Flops(NamedTuple):
+    """The work of one step: that of the encoder, and what colbert adds (its projection and its scores of all pairs)."""
+
+    encoder: Any
+    colbert: Any
+
+
+def step_flops(model: M3Config, query_lengths: Any, passage_lengths: Any, *, again: int = 0) -> Flops:
+    """The work of a step forward and backward, on texts of these lengths in tokens (arrays of any shape).
+
+    L·(8·n·w² + 4·n·w·f + 4·n²·w) a text of n tokens forward, with L layers of width w and feed-forward width f: that is
+    L·(24·n·w² + 4·n²·w) where f = 4·w. Colbert: 2·n·w·c a text and 2·n·m·c a pair, with vectors of width c. Backward twice
+    that; `again`: how often the encoder's forward pass is computed once more for it. LayerNorm, softmax
+    and other losses are left out: a few thousandths.
+
+    >>> import numpy as np
+    >>> step_flops(M3Config(), np.array([512]), np.array([])).encoder / 3 == 24 * (24 * 512 * 1024**2 + 4 * 512**2 * 1024)
+    True
+    """
+    # In floating point: the sums pass what 32 bits can count.
+    queries, passages = 1.0 * query_lengths, 1.0 * passage_lengths
+    w, f, c = model.hidden_size, model.intermediate_size, model.colbert_dim
+    layers = sum((8 * w * w + 4 * w * f) * n.sum() + 4 * w * (n * n).sum() for n in (queries, passages))
+    colbert = 2 * w * c * (queries.sum() + passages.sum()) + 2 * c * queries.sum() * passages.sum()
+    return Flops((3 + again) * model.num_hidden_layers * layers, 3 * colbert)
+
+
+@functools.lru_cache(maxsize=8)
+def matrix_rate(mesh: Mesh, dtype: str) -> float:
+    """FLOP/s of all devices of the mesh together in products of square matrices, each device its own, as the step does them:
+    inputs of `dtype`, sums float32. The best of sizes up to 8192, the larger ones only where they take no time."""
+    spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    @jax.jit
+    def products(x: jax.Array) -> jax.Array:
+        def product(_: Any, left: jax.Array) -> jax.Array:
+            return jnp.einsum("dij,djk->dik", left, x, preferred_element_type=jnp.float32).astype(dtype)
+
+        return jax.lax.fori_loop(0, _PRODUCTS, product, x)
+
+    best = 0.0
+    for size in (1024, 2048, 4096, 8192):
+        shape = (mesh.size, size, size)
+        # Such that each product is the matrix again: numbers that overflow or vanish may be multiplied at another speed.
+        made = jax.jit(functools.partial(jnp.full, shape, 1 / size, dtype), out_shardings=spread)()
+        with jax.default_matmul_precision("highest"):
+            jax.block_until_ready(products(made))  # compiled
+            seconds = min(_seconds(products, made) for _ in range(3))
+        best = max(best, 2 * size**3 * mesh.size * _PRODUCTS / seconds)
+        if seconds > 0.02:
+            break
+    return best
+
+
+_PRODUCTS = 4
+
+
+def _seconds(function: Any, argument: Any) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(function(argument))
+    return time.perf_counter() - began

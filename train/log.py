@@ -1,0 +1,58 @@
+"""The numbers of a run as they come, kept twice: metrics.jsonl, which the report reads, and TensorBoard's event files.
+
+Not here: what the numbers are (meter.py, evaluate.py), and how they look (report.py).
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tensorboardX import SummaryWriter
+
+from train.files import write_whole
+from train.processes import is_first
+
+
+class Log:
+    """metrics.jsonl, one JSON object a line, and tensorboard/ of a run's folder; what lies past the step that a run goes on
+    from is taken out of the first, and hidden by TensorBoard in the second. A context manager.
+
+    after: the steps that are done, 0 for a run from its beginning.
+    """
+
+    def __init__(self, run: Path, *, after: int):
+        self._path = run / "metrics.jsonl"
+        kept = []
+        if self._path.exists() and after:
+            # A line without its end is one that a kill cut off.
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
+        self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
+        self._events: SummaryWriter | None = None
+        if not is_first():  # which alone writes
+            return
+        write_whole(self._path, "".join(kept))
+        # Named by the second too, which another one may begin in.
+        suffix = f".after-{after}"
+        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1, filename_suffix=suffix)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._events:
+            self._events.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the values of a step."""
+        if self._events is None:
+            return
+        seconds = round(time.perf_counter() - self._began, 3)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "seconds": seconds} | dict(values)) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
