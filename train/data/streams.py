@@ -4,6 +4,7 @@ Which rows of a stream come at which step is not here (`order`), nor what is dra
 
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -141,7 +142,8 @@ def make_streams(
         for stream in np.unique(stream_of[of]).tolist():
             sharing = np.flatnonzero(stream_of == stream).tolist()
             members = everyone[stream_of[of] == stream]
-            weight = float(sum(weights[d] * counts[d] for d in sharing) / len(members))
+            # In fractions: of one dataset it is the weight itself, which `order` takes as a decimal number.
+            weight = float(sum(Fraction(str(weights[d])) * int(counts[d]) for d in sharing) / len(members))
             lengths = query_length, passage_length
             largest = int(sizes[members].max())
             streams.append(Stream(datasets[stream].path, group, members, largest, *lengths, weight))
