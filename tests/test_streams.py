@@ -49,8 +49,8 @@ def test_datasets_mix_where_that_is_asked():
 
 
 def test_weights_are_of_datasets():
-    made = streams(source(), groups=[LengthGroup(64, 2)], weights=(2, 1, 0.5))
-    assert [stream.weight for stream in made] == [2, 1, 0.5]
+    made = streams(source(), groups=[LengthGroup(64, 2)], weights=(2, 0.1, 0.5))
+    assert [stream.weight for stream in made] == [2, 0.1, 0.5]
 
 
 def test_weights_that_mean_nothing_are_refused():
@@ -62,30 +62,45 @@ def test_weights_that_mean_nothing_are_refused():
     assert len(streams(source(), weights=(1, 1, 1), same_dataset=False)) == 2
 
 
-def test_rows_too_few_for_a_batch_go_with_longer_ones():
-    groups = [LengthGroup(16, 4), LengthGroup(48, 2), LengthGroup(64, 2)]
+def test_rows_of_a_dataset_too_few_for_a_batch_share_those_of_the_largest():
+    """Datasets a, b and c have 5, 3 and 4 rows of each length."""
+    with pytest.warns(UserWarning) as caught:
+        made = streams(source(), groups=[LengthGroup(16, 4), LengthGroup(64, 5)], weights=(1, 2, 3))
+    assert [str(w.message) for w in caught] == [
+        "rows of up to 16 token ids that are too few for a batch of 4 share those of a.jsonl: 3 of b.jsonl.",
+        "rows of up to 64 token ids that are too few for a batch of 5 share those of a.jsonl: 3 of b.jsonl, "
+        "4 of c_no_in_batch_neg.jsonl.",
+    ]
+    assert [(stream.dataset[0], len(stream.members)) for stream in made] == [("a", 8), ("c", 4), ("a", 12)]
+    assert made[0].members.tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert [stream.weight for stream in made] == [(5 + 2 * 3) / 8, 3, (5 + 2 * 3 + 3 * 4) / 12]
+    with pytest.warns(UserWarning, match="share those of a.jsonl"):  # none has enough alone
+        (alone, _) = streams(source(), groups=[LengthGroup(16, 12), LengthGroup(64, 12)])
+    assert len(alone.members) == 12
+
+
+def test_rows_too_few_for_a_batch_together_go_with_longer_ones():
+    groups = [LengthGroup(16, 13), LengthGroup(32, 13), LengthGroup(64, 6)]
     with pytest.warns(UserWarning) as caught:
         made = streams(source(), groups=groups)
     assert [str(w.message) for w in caught] == [
-        "b.jsonl: 3 rows of up to 16 token ids are too few for a batch of 4; they go with those of up to 48."
+        "12 rows of up to 16 token ids are too few for a batch of 13; they go with those of up to 32.",
+        "12 rows of up to 32 token ids are too few for a batch of 13; they go with those of up to 64.",
     ]
-    assert [(s.group.batch_size, s.passage_length) for s in made] == [(4, 16)] * 2 + [(2, 40)] * 3
-    assert made[3].members.tolist() == list(range(10, 16))
-    with pytest.warns(UserWarning, match="too few"):  # two groups on
-        assert (
-            len(streams(source(passages=9), groups=[LengthGroup(16, 11), LengthGroup(48, 11), LengthGroup(64, 6)])) == 3
-        )
+    assert [(s.group.batch_size, s.passage_length, len(s.members)) for s in made] == [
+        (6, 40, 10),
+        (6, 40, 6),
+        (6, 40, 8),
+    ]
 
 
 def test_rows_too_few_for_the_last_group_are_an_error_that_names_sizes():
     message = (
-        r"b\.jsonl: the length group up to 64 has 3 rows, fewer than its batch_size 4: .* "
-        r"Groups: up to 16: 3 rows, batch 3, up to 64: 3 rows, batch 4"
+        r"the length group up to 64 has 12 rows, fewer than its batch_size 13: .* "
+        r"Groups: up to 16: 12 rows, batch 3, up to 64: 12 rows, batch 13"
     )
-    refused(message, source(), groups=[LengthGroup(16, 3), LengthGroup(64, 4)])
-    groups = [LengthGroup(16, 3), LengthGroup(64, 12)]
-    refused("a.jsonl: the length group up to 64 has 5 rows", source(), groups=groups)
-    assert len(streams(source(), groups=groups, same_dataset=False)) == 2  # which the error names as a way out
+    refused(message, source(), groups=[LengthGroup(16, 3), LengthGroup(64, 13)])
+    refused(message, source(), groups=[LengthGroup(16, 3), LengthGroup(64, 13)], same_dataset=False)
 
 
 def test_rows_too_long_for_the_groups():

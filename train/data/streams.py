@@ -4,6 +4,7 @@ Which rows of a stream come at which step is not here (`order`), nor what is dra
 
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -49,8 +50,8 @@ class LengthGroup(NamedTuple):
 class Stream(NamedTuple):
     """Rows that make batches with each other, `members` int64 their indices, and the sizes of their batches.
 
-    `dataset`: its path, or that it is all of them. `query_length` is the longest: a batch's is `query_bucket` of its own
-    longest query, where that is less. `weight`: how often a row comes in a round of all streams.
+    `dataset`: its path, that of the one with the most rows, or that it is all. `query_length` is the longest: a batch's is
+    `query_bucket` of its own longest query, where that is less. `weight`: how often a row comes in a round of all streams.
     """
 
     dataset: str
@@ -112,41 +113,53 @@ def make_streams(
     *,
     step: int = 1,
 ) -> list[Stream]:
-    """The streams of a source: a dataset's rows of one length group, or of all datasets where not `same_dataset`.
+    """The streams of a source: a dataset's rows of one length group, or all of it where not `same_dataset`.
 
-    Rows too few for a batch of their length group go with their dataset's next longer one, which a warning says; a batch
-    would otherwise hold a row twice. Batches of one length group have one length of passages, whatever the dataset, so that
-    the number of shapes does not grow with the number of datasets, and both padded lengths are multiples of `step`. `weights`:
-    one number for each dataset, () is 1 for all; they need `same_dataset`. ValueError for rows that no group takes, too few
+    Rows too few for a batch would have it hold a row twice. Those of a dataset share the batches of the dataset that has the
+    most in their length group; where all together are too few, they go with the next longer group. Warnings say both. Batches
+    of one length group have one length of passages, whatever the dataset, so that the number of shapes does not grow with the
+    number of datasets, and both padded lengths are multiples of `step`. `weights`: one number for each dataset, () is 1 for
+    all; they need `same_dataset`; rows that share batches have their mean. ValueError for rows that no group takes, too few
     rows for a batch of the last group, rows of a dataset without in-batch negatives that have no negative, and bad weights.
     """
-    datasets = source.datasets if same_dataset else [Dataset("the datasets together", len(source), False)]
+    datasets = source.datasets if same_dataset else [Dataset("all datasets", len(source), False)]
     weights = _weights(source, same_dataset, weights)
     _check_own_groups(source)
     group_of = _group_of(source, groups)
-    start = 0
-    for dataset in datasets:
-        _join(group_of[start : start + dataset.rows], dataset.path, groups)
-        start += dataset.rows
     sizes = group_sizes(source, group_size)
+    starts = np.cumsum([0, *(dataset.rows for dataset in datasets)])
     streams = []
     for number, group in enumerate(groups):
-        in_group = group_of == number
-        if not in_group.any():
+        everyone = np.flatnonzero(group_of == number)
+        if not len(everyone):
             continue
+        # A bucket may lie past what texts were cut to, and past the position table.
         longest_query, longest_passage = (
-            int(lengths[in_group].max()) for lengths in (source.query_lengths, source.passage_lengths)
+            int(lengths[everyone].max()) for lengths in (source.query_lengths, source.passage_lengths)
         )
         query_length = _up(min(query_bucket(longest_query), source.query_max_length, group.max_length), step)
         passage_length = _up(min(bucket_length(longest_passage), group.max_length), step)
-        start = 0
-        for dataset, weight in zip(datasets, weights, strict=True):
-            members = start + np.flatnonzero(in_group[start : start + dataset.rows])
-            start += dataset.rows
-            if len(members):
-                largest = int(sizes[members].max())
-                lengths = (query_length, passage_length)
-                streams.append(Stream(dataset.path, group, members, largest, *lengths, weight, step))
+        of = np.searchsorted(starts, everyone, side="right") - 1
+        counts = np.bincount(of, minlength=len(datasets))
+        most = int(counts.argmax())
+        few = np.flatnonzero((counts > 0) & (counts < group.batch_size) & (np.arange(len(datasets)) != most)).tolist()
+        if few:
+            named = ", ".join(f"{counts[d]} of {datasets[d].path}" for d in few)
+            warnings.warn(
+                f"rows of up to {group.max_length} token ids that are too few for a batch of {group.batch_size} share those "
+                f"of {datasets[most].path}: {named}.",
+                stacklevel=2,
+            )
+        stream_of = np.arange(len(datasets))
+        stream_of[few] = most
+        for stream in np.unique(stream_of[of]).tolist():
+            sharing = np.flatnonzero(stream_of == stream).tolist()
+            members = everyone[stream_of[of] == stream]
+            # In fractions: of one dataset it is the weight itself, which `order` takes as a decimal number.
+            weight = float(sum(Fraction(str(weights[d])) * int(counts[d]) for d in sharing) / len(members))
+            lengths = query_length, passage_length
+            largest = int(sizes[members].max())
+            streams.append(Stream(datasets[stream].path, group, members, largest, *lengths, weight, step))
     return streams
 
 
@@ -191,6 +204,7 @@ def _check_own_groups(source: Source) -> None:
 
 
 def _group_of(source: Source, groups: Sequence[LengthGroup]) -> np.ndarray:
+    """The length group of each row; rows too few for a batch of theirs have the next longer one."""
     longest = np.maximum(source.query_lengths, source.passage_lengths)
     bounds = [group.max_length for group in groups]
     group_of = np.searchsorted(bounds, longest)
@@ -199,30 +213,24 @@ def _group_of(source: Source, groups: Sequence[LengthGroup]) -> np.ndarray:
             f"{over} rows are longer than the last length group: their longest text has up to {longest.max()} token "
             f"ids, the groups end at {bounds[-1]}. Add a group, or lower query_max_length and passage_max_length."
         )
-    return group_of
-
-
-def _join(group_of: np.ndarray, name: str, groups: Sequence[LengthGroup]) -> None:
-    """Move rows that are too few for a batch of their group into the next longer group, in place."""
+    sizes = ", ".join(
+        f"up to {g.max_length}: {(group_of == i).sum()} rows, batch {g.batch_size}" for i, g in enumerate(groups)
+    )
     for number, group in enumerate(groups):
         few = group_of == number
         count = int(few.sum())
         if not 0 < count < group.batch_size:
             continue
         if number + 1 == len(groups):
-            sizes = ", ".join(
-                f"up to {g.max_length}: {(group_of == i).sum()} rows, batch {g.batch_size}"
-                for i, g in enumerate(groups)
-            )
             raise ValueError(
-                f"{name}: the length group up to {group.max_length} has {count} rows, fewer than its batch_size "
-                f"{group.batch_size}: a batch would hold a row twice. Lower that batch_size, add rows, or have longer texts "
-                "cut by query_max_length and passage_max_length so that a shorter group takes them; or let datasets share "
-                f"batches (same_dataset). Groups: {sizes}."
+                f"the length group up to {group.max_length} has {count} rows, fewer than its batch_size {group.batch_size}: a "
+                "batch would hold a row twice. Lower that batch_size, add rows, or have longer texts cut by query_max_length "
+                f"and passage_max_length, so that a shorter group takes them. Groups: {sizes}."
             )
         group_of[few] = number + 1
         warnings.warn(
-            f"{name}: {count} rows of up to {group.max_length} token ids are too few for a batch of {group.batch_size}; "
-            f"they go with those of up to {groups[number + 1].max_length}.",
+            f"{count} rows of up to {group.max_length} token ids are too few for a batch of {group.batch_size}; they go with "
+            f"those of up to {groups[number + 1].max_length}.",
             stacklevel=2,
         )
+    return group_of
