@@ -59,7 +59,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate-dim", type=int, help="numbers of dense and colbert vectors to keep")
     parser.add_argument("--mcls", action="store_true", help="a CLS token every 256 tokens, for long texts")
     parser.add_argument(
-        "--shard-texts", type=int, default=8192, help="texts of a shard, what a kill can lose; default: 8192"
+        "--shard-texts", type=int, default=8192, help="texts of a shard; a kill can lose two; default: 8192"
     )
     parser.add_argument("--batch-tokens", type=int, help="tokens that the device computes at once; default: encode's")
     parser.add_argument(

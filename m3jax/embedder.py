@@ -12,8 +12,10 @@ from typing import Any, Literal
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from m3jax import sources, weights
+from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
 from m3jax.encoding import make_plan, run, say_cut
 from m3jax.model import M3, cast
@@ -140,7 +142,12 @@ def encode(
         batch_tokens=batch_tokens,
     )
     rows = [texts] if isinstance(texts, str) else list(texts)
-    parts, cut = run(m3, rows, plan, progress=progress)
+    whole: list[tuple[Arrays, int]] = []
+    # A bar that is asked for shows at once; None is tqdm's word for one on a terminal, if the work takes a while.
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(rows), unit="text", desc="encode", disable=hidden, delay=0 if progress else 3) as bar:
+        run(m3, [(None, rows)], plan, deliver=lambda _, *given: whole.append(given), taken_in=bar.update)
+    [(arrays, cut)] = whole
     if cut:
         warnings.warn(say_cut(cut, len(rows), plan.max_length), stacklevel=2)
-    return Embeddings(*parts, single=isinstance(texts, str))
+    return Embeddings(*arrays, single=isinstance(texts, str))
