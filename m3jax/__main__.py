@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on where it stopped") from None
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise SystemExit(130) from None  # as a shell counts what SIGINT ended
 
 
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:

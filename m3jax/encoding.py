@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from threading import Event
+from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -48,6 +48,8 @@ _WINDOW_CHARACTERS = 1 << 22
 _AT_WORK = 2
 # Characters between two looks whether to go on: about 0.1 s of tokenising.
 _CHARACTERS_AT_ONCE = 1 << 18
+# Computations that XLA lets wait on CPU; starting one more waits for one of them, and nothing breaks that off.
+_CPU_QUEUE = 32
 
 
 class Plan(NamedTuple):
@@ -143,6 +145,7 @@ def run(
                 device.finish()
         except BaseException:
             stop.set()  # what waits behind it is not begun
+            device.let_go()
             raise
 
     def settle(left: int) -> None:
@@ -218,6 +221,10 @@ class _Batch(NamedTuple):
     results: Results | Exception
 
 
+def _arrays(batch: _Batch) -> list[Any]:  # jax.Array does not tell type checkers of is_ready
+    return [] if isinstance(batch.results, Exception) else [x for x in batch.results if x is not None]
+
+
 class _Device:
     """Batches to the device and back, one computed while the one before is taken in; all calls but of `pack` come from one
     thread."""
@@ -239,8 +246,11 @@ class _Device:
         self._rows = _ROWS[backend(m3.params)]
         self._tokens = plan.batch_tokens or self._rows.batch_tokens * self._groups
         self._too_many = math.inf  # tokens, the fewest that did not fit into memory
+        # A layer is a computation, so are embeddings and heads.
+        self._one_by_one = backend(m3.params) == "cpu" and 2 * (m3.config.num_hidden_layers + 2) > _CPU_QUEUE
         self._collected: Collected | None = None
-        self._running: _Batch | None = None
+        self._running: _Batch | None = None  # the last that was started
+        self._awaited: _Batch | None = None  # the one that is taken in
 
     def pack(self, lengths: Sequence[int]) -> Iterator[Packing]:
         rows = self._rows
@@ -280,6 +290,8 @@ class _Device:
     def _start(self, window: _Window, collected: Collected, packing: Packing, ids: list[np.ndarray]) -> _Batch:
         self._go_on()
         arrays = arrange(packing, ids, self._m3.tokenizer.pad_id, MCLS_RUN + 1 if self._plan.mcls else 0)
+        if self._one_by_one and self._running:
+            self._wait(self._running)
         try:
             results = forward(self._m3.config, self._m3.params, arrays, self._plan.asked)
         except JaxRuntimeError as error:
@@ -288,10 +300,11 @@ class _Device:
 
     def _take_in(self, batch: _Batch) -> None:
         self._go_on()
+        self._awaited = batch
         try:
+            self._wait(batch)
             if isinstance(batch.results, Exception):
                 raise batch.results
-            self._wait(batch.results)
             results = Results(*jax.device_get(batch.results))
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or len(batch.ids) == 1:
@@ -323,14 +336,26 @@ class _Device:
         if self._stop.is_set():
             raise CancelledError
 
-    def _wait(self, results: Results) -> None:
-        """Until the device has them. JAX's own waiting cannot be broken off, and a process that ends would wait with it."""
-        start = time.perf_counter()
-        asked: list[Any] = [x for x in results if x is not None]  # jax.Array's own type does not tell of is_ready
-        while not all(x.is_ready() for x in asked):
-            # Looking again after a hundredth of the time that it took so far is late by no more than that.
-            if self._stop.wait(min(0.01 * (time.perf_counter() - start) + 1e-4, 0.05)):
+    def _wait(self, batch: _Batch) -> None:
+        """Until the device has the results: by looking, because nothing breaks off JAX's own waiting."""
+        start, results = time.perf_counter(), _arrays(batch)
+        while not all(x.is_ready() for x in results):
+            # Late by a hundredth of the time that it took so far, and by 5 ms at most.
+            if self._stop.wait(min(0.01 * (time.perf_counter() - start) + 1e-4, 0.005)):
                 raise CancelledError
+
+    def let_go(self) -> None:
+        """Leave the batches at work to themselves, so that a process which ends does not wait for them.
+
+        JAX would wait when the last of its arrays is freed. They are kept by a thread that no process waits for.
+        """
+        left = [x for batch in (self._awaited, self._running) if batch for x in _arrays(batch)]
+
+        def keep() -> None:
+            while not all(x.is_ready() for x in left):
+                time.sleep(0.05)
+
+        Thread(target=keep, daemon=True).start()
 
     def _that_fit(self, packing: Packing, ids: list[np.ndarray]) -> Iterator[tuple[Packing, list[np.ndarray]]]:
         """The batch itself, or halves of halves of its texts that are smaller than what is known not to fit."""

@@ -188,7 +188,7 @@ def test_interrupted_and_called_again(model, tmp_path):
         time.sleep(0.01)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
-    assert running.returncode == 1
+    assert running.returncode == 130
     assert err.decode().splitlines()[-1] == "interrupted; the same command goes on where it stopped"
     assert "Traceback" not in err.decode()
     done = subprocess.run(command, cwd=ROOT, input="\n".join(TEXTS).encode(), capture_output=True, timeout=300)
