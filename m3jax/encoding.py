@@ -28,18 +28,34 @@ Key = TypeVar("Key")
 
 
 class Rows(NamedTuple):
-    """Numbers of a backend: tokens of a batch on each device, the row length that short texts share, what rows are multiples
-    of."""
+    """How `pack` makes a backend's batches: tokens of one on each device, the row length that short texts share, what rows are
+    multiples of, and where few shapes are to be compiled, the row lengths for longer texts."""
 
     batch_tokens: int
     row_length: int
     step: int
+    longer_rows: Sequence[int] = ()
+
+    def pack(self, lengths: Sequence[int], batch_tokens: int | None, groups: int) -> Iterator[Packing]:
+        """The batches of texts for so many groups of devices; None is the backend's own number of tokens."""
+        return pack(
+            lengths,
+            batch_tokens=batch_tokens or self.batch_tokens * groups,
+            row_length=self.row_length,
+            step=self.step,
+            longer_rows=self.longer_rows,
+            row_multiple=groups,
+        )
 
 
 # CPU: a layer's activations of 1024 tokens stay in the caches; 12 × 768 in rows of 64, microseconds a token and layer at 512,
 # 1024, 2048, 4096 tokens: float32 81, 81, 96, 105, bfloat16 44, 44, 47, 61. Short rows, because attention there works through a
-# row for each of its tokens. TPU: its kernels take rows of multiples of 128. GPU and TPU: not measured.
-_ROWS = {"cpu": Rows(1024, 64, 8), "gpu": Rows(16384, 512, 64), "tpu": Rows(16384, 512, 128)}
+# row for each of its tokens. TPU: its kernels take rows of multiples of 128. Where a shape takes a second to compile, documents
+# share rows of eight lengths: of 1,000 with 1,000 to 8,000 tokens, 4.2% is padding, in 7 to 10 shapes. That costs 1.21 × the
+# operations of rows that they have to themselves, as attention goes over whole rows; lengths in steps of 128, which were 49
+# shapes, 1.04 ×, those in steps of 2048 1.26 × (tests/test_batching.py). GPU and TPU: no times measured.
+_LONGER = range(1024, 8192 + 1, 1024)
+_ROWS = {"cpu": Rows(1024, 64, 8), "gpu": Rows(16384, 512, 64, _LONGER), "tpu": Rows(16384, 512, 128, _LONGER)}
 
 # Texts are tokenised, sorted and packed some thousands at a time: enough to fill rows, few enough to begin soon.
 _WINDOW_TEXTS = 8192
@@ -253,14 +269,7 @@ class _Device:
         self._awaited: _Batch | None = None  # the one that is taken in
 
     def pack(self, lengths: Sequence[int]) -> Iterator[Packing]:
-        rows = self._rows
-        return pack(
-            lengths,
-            batch_tokens=self._tokens,
-            row_length=rows.row_length,
-            step=rows.step,
-            row_multiple=self._groups,
-        )
+        return self._rows.pack(lengths, self._tokens, self._groups)
 
     def compute(self, window: _Window, tokenised: Future[_Tokenised]) -> None:
         """Start each batch of a window, and take in the one before."""
