@@ -20,7 +20,7 @@ from jax.errors import JaxRuntimeError
 from m3jax.batching import PackedIds, Packing, arrange, pack
 from m3jax.collected import Arrays, Collected
 from m3jax.config import M3Config
-from m3jax.forward import Asked, Results, backend, forward, row_groups
+from m3jax.forward import Asked, Results, backend, forward, mesh_of, row_groups
 from m3jax.model import M3
 from m3jax.tokenization import MCLS_RUN
 
@@ -258,6 +258,8 @@ class _Device:
         self._stop = stop
         self._deliver = deliver
         self._taken_in = taken_in
+        mesh = mesh_of(m3.params)
+        self._several_processes = mesh is not None and mesh.is_multi_process
         self._groups = row_groups(m3.params)
         self._rows = _ROWS[backend(m3.params)]
         self._tokens = plan.batch_tokens or self._rows.batch_tokens * self._groups
@@ -317,6 +319,15 @@ class _Device:
             results = Results(*jax.device_get(batch.results))
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or len(batch.ids) == 1:
+                raise
+            if self._several_processes:
+                rows, length = batch.packing.shape
+                # The others may have had room for it; they would wait for ever for halves that only this process computes.
+                error.add_note(
+                    f"a batch of {rows} x {length} tokens did not fit into the memory of this process's devices, and is not "
+                    "halved, because parameters on a mesh of several processes make all compute the same batches; pass all of "
+                    f"them a batch_tokens below {rows * length}"
+                )
                 raise
             error.__traceback__ = None  # its frames hold arrays on the device
         else:

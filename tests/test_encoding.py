@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -499,6 +500,19 @@ def test_a_limit_once_found_is_kept(m3, monkeypatch, late):
     assert np.ptp(got.dense_vecs, axis=0).max() < 1e-5 and len(got) == 3000
     assert 1 <= len(caught) <= 5
     assert sum(rows * length > 200 for rows, length in seen) <= 8
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_no_process_of_several_halves_batches_by_itself(m3, monkeypatch, late):
+    """The others would wait for it for ever: the error comes through and says what all are to do."""
+    monkeypatch.setattr(m3jax.encoding, "mesh_of", lambda params: SimpleNamespace(is_multi_process=True))
+    seen = failing(monkeypatch, lambda shape: shape[0] * shape[1] <= 512, late)
+    with warnings.catch_warnings(), pytest.raises(JaxRuntimeError, match="RESOURCE_EXHAUSTED") as caught:
+        warnings.simplefilter("error")
+        m3jax.encode(m3, TEXTS, batch_tokens=1024)
+    failed = next(rows * length for rows, length in seen if rows * length > 512)
+    assert f"pass all of them a batch_tokens below {failed}" in "".join(caught.value.__notes__)
+    assert sum(rows * length > 512 for rows, length in seen) <= 2  # the one, and that on its way
 
 
 @pytest.mark.parametrize("late", [False, True])
