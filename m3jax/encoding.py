@@ -109,6 +109,12 @@ def make_plan(
         )
     if not isinstance(instruction, str):
         raise ValueError(f"instruction must be a str, got {type(instruction).__name__}: {instruction!r:.80}")
+    try:
+        instruction.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"instruction must be valid Unicode, got a lone surrogate {instruction[error.start]!a} at character {error.start}"
+        ) from error
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     return Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
@@ -149,7 +155,8 @@ def run(
             if stop.is_set():
                 raise CancelledError
             texts = [plan.instruction + text for text in window.texts[some]]
-            more, longer = m3.tokenizer.encode(texts, plan.max_length, mcls=plan.mcls, first=window.first + some.start)
+            first, before = window.first + some.start, len(plan.instruction)
+            more, longer = m3.tokenizer.encode(texts, plan.max_length, mcls=plan.mcls, first=first, before=before)
             ids += more
             cut += longer
         return _Tokenised(ids, cut, list(device.pack([len(row) for row in ids])))

@@ -415,6 +415,13 @@ def test_instruction(m3):
         m3jax.encode(m3, "fox", instruction="what is the ", max_length=5)
     with pytest.raises(ValueError, match="instruction must be a str, got int: 3"):
         m3jax.encode(m3, "fox", instruction=3)
+    with pytest.raises(
+        ValueError, match=r"instruction must be valid Unicode, got a lone surrogate '\\ud83d' at character 2"
+    ):
+        m3jax.encode(m3, "fox", instruction="q:\ud83d")
+    # A place in a text is one in what the user passed.
+    with pytest.raises(ValueError, match=r"texts\[1\] is not valid Unicode: lone surrogate '\\ud83d' at character 4"):
+        m3jax.encode(m3, ["fox", "fox \ud83d"], instruction="what is the ")
 
 
 def test_errors_name_the_text_in_any_window(m3, monkeypatch):
