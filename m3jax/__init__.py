@@ -42,7 +42,23 @@ _HOME = {
     "search": "retrieval",
 }
 
-__all__ = list(_HOME)
+# Written out, because type checkers read it; a test holds it to the names above.
+__all__ = [
+    "M3",
+    "Embeddings",
+    "M3Config",
+    "Representations",
+    "Tokenizer",
+    "apply",
+    "encode",
+    "encode_to",
+    "init",
+    "load",
+    "open_embeddings",
+    "save",
+    "score",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on where it stopped") from None
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise SystemExit(130) from None  # as a shell counts what SIGINT ended
 
 
 def _encode_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate-dim", type=int, help="numbers of dense and colbert vectors to keep")
     parser.add_argument("--mcls", action="store_true", help="a CLS token every 256 tokens, for long texts")
     parser.add_argument(
-        "--shard-texts", type=int, default=8192, help="texts of a shard, what a kill can lose; default: 8192"
+        "--shard-texts", type=int, default=8192, help="texts of a shard; a kill can lose two; default: 8192"
     )
     parser.add_argument("--batch-tokens", type=int, help="tokens that the device computes at once; default: encode's")
     parser.add_argument(

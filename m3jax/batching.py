@@ -2,7 +2,9 @@
 Which texts belong together for any other reason than length (training's groups, positives, negatives) is not here.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -40,79 +42,83 @@ def pack(
     batch_tokens: int,
     row_length: int = 1,
     step: int = 8,
+    longer_rows: Sequence[int] = (),
     row_multiple: int = 1,
 ) -> Iterator[Packing]:
     """Batches of full rows, longest texts first, that hold every text once and about `batch_tokens` ids each.
 
     A batch's rows are as long as its longest text needs (`bucket_length` in `step`s), but at least `row_length`, or what all
-    texts that are left need together, so that one short query is computed alone. Each row takes the longest text that is left,
-    then of the others always the longest that still fits (best-fit decreasing), so that texts
-    of like length meet and short ones fill what is left. Its number of rows is a multiple of `row_multiple` (the devices that
-    rows are split over): of the full batch `batch_tokens // length`, and at the end of the texts one of few. A text that
-    alone exceeds the budget is a row of its own. ValueError for a number below 1.
+    texts that are left need together, so that one short query is computed alone. For a text of more, rows have one of the lengths `longer_rows` where these are given, that which costs the least for what it holds: few
+    shapes are compiled. Each row takes the longest text that is left, then of the others always the longest that still fits
+    (best-fit decreasing), so that texts of like length meet and short ones fill what is left. Its number of rows is a multiple
+    of `row_multiple` (the devices that rows are split over): of the full batch `batch_tokens // length`, and at the end of the
+    texts one of few. A text that alone exceeds the budget is a row of its own. ValueError for a number below 1.
 
     >>> [(p.texts.tolist(), p.starts.tolist(), p.shape) for p in pack([5, 30, 9, 26], batch_tokens=64)]
     [([1, 3, 0], [0, 0, 26], (2, 32)), ([2], [0], (1, 16))]
     """
-    if min(batch_tokens, row_length, step, row_multiple, *lengths, 1) < 1:
+    if min(batch_tokens, row_length, step, row_multiple, *longer_rows, *lengths, 1) < 1:
         raise ValueError(
-            "batch_tokens, row_length, step, row_multiple and every length must be at least 1; "
-            f"{batch_tokens}, {row_length}, {step}, {row_multiple} and {min(lengths, default=1)} came."
+            "batch_tokens, row_length, step, row_multiple, longer_rows and every length must be at least 1; "
+            f"{batch_tokens}, {row_length}, {step}, {row_multiple}, {list(longer_rows)} and {min(lengths, default=1)} came."
         )
-    pool = _Pool(np.asarray(lengths, np.int64))
-    while longest := pool.longest(pool.most):
-        length = bucket_length(max(longest, min(row_length, pool.left)), step)
-        full = max(1, batch_tokens // (length * row_multiple)) * row_multiple
-        texts: list[int] = []
-        rows: list[int] = []
-        starts: list[int] = []
-        for row in range(full):
-            start = 0
-            while found := pool.longest(length - start):
-                texts.append(pool.take(found))
-                rows.append(row)
-                starts.append(start)
-                start += found
-            if not start:
-                break
-        used = _few(rows[-1] + 1, row_multiple)
-        yield Packing(np.array(texts), np.array(rows), np.array(starts), (min(used, full), length))
+    count = len(lengths)
+    # A number a text, which sorts as its length does, and of like length the first text last.
+    left = sorted(int(length) * count + count - 1 - text for text, length in enumerate(lengths))
+    while left:
+        longest = left[-1] // count
+        rows_of = [length for length in longer_rows if length >= longest] if longest > row_length else []
+        shared = min(row_length, sum(text // count for text in left))
+        rows_of = rows_of or [bucket_length(max(longest, shared), step)]
+        batches = [_fill(left, count, length, batch_tokens, row_multiple) for length in rows_of]
+        rows, shape, left = min(batches, key=lambda batch: _cost(batch, count))
+        sizes = [[text // count for text in row] for row in rows]
+        yield Packing(
+            np.array([count - 1 - text % count for row in rows for text in row]),
+            np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
+            np.array([start for row in sizes for start in accumulate(row[:-1], initial=0)]),
+            shape,
+        )
 
 
-def _few(rows: int, multiple: int) -> int:
-    """At least `rows`, one of four numbers a doubling: partial batches come in few shapes."""
-    groups = -(-rows // multiple)
-    step = max(1, (1 << (groups - 1).bit_length()) // 8)
-    return -(-groups // step) * step * multiple
+class _Filled(NamedTuple):
+    """Rows of texts, the shape of their batch, and the texts that are left, sorted; a text is a number as in `pack`."""
+
+    rows: list[list[int]]
+    shape: tuple[int, int]
+    left: list[int]
 
 
-class _Pool:
-    """Texts that are not placed yet, by length."""
+def _fill(texts: list[int], count: int, length: int, batch_tokens: int, row_multiple: int) -> _Filled:
+    """A batch of rows of a length."""
+    full = max(1, batch_tokens // (length * row_multiple))
+    left, rows = texts.copy(), []
+    while left and len(rows) < full * row_multiple:
+        row, room = [], length
+        while at := bisect_left(left, (room + 1) * count):  # so many fit
+            row.append(left.pop(at - 1))
+            room -= row[-1] // count
+        rows.append(row)
+    groups = -(-len(rows) // row_multiple)
+    used = groups if groups == full else _few(groups)
+    for row in rows[used * row_multiple :]:
+        left += row
+    return _Filled(rows[: used * row_multiple], (used * row_multiple, length), sorted(left))
 
-    def __init__(self, lengths: Int[np.ndarray, " n"]):
-        self.most = int(lengths.max(initial=0))
-        self.left = int(lengths.sum())  # token ids
-        self._texts: list[list[int]] = [[] for _ in range(self.most + 1)]
-        for text in np.argsort(lengths, kind="stable")[::-1].tolist():
-            self._texts[lengths[text]].append(text)
-        # Lengths only run out, so where to look next is remembered: a union-find over them.
-        self._next = list(range(self.most + 1))
 
-    def longest(self, room: int) -> int:
-        """The greatest length of a text that is left, up to `room`; 0 where there is none."""
-        length = min(room, self.most)
-        path = []
-        while length and not self._texts[length]:
-            path.append(length)
-            length = self._next[length] if self._next[length] < length else length - 1
-        for passed in path:
-            self._next[passed] = length
-        return length
+def _few(groups: int) -> int:
+    """The next lower of two numbers a doubling: partial batches come in few shapes, and what is over makes another."""
+    step = max(1, (1 << (groups.bit_length() - 1)) // 2)
+    return groups // step * step
 
-    def take(self, length: int) -> int:
-        """A text of that length, the first of those left."""
-        self.left -= length
-        return self._texts[length].pop()
+
+def _cost(batch: _Filled, count: int) -> float:
+    """What a token costs, padding included, and in part the attention, which goes over whole rows."""
+    rows, length = batch.shape
+    return rows * length * (1 + length / _ATTENTION) / sum(text // count for row in batch.rows for text in row)
+
+
+_ATTENTION = 3 * 6144
 
 
 class PackedIds(NamedTuple):

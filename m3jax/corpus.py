@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from m3jax import paths, provenance, room, shards
+from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
 from m3jax.encoding import make_plan, run, say_cut
 from m3jax.model import M3
@@ -50,6 +50,9 @@ def encode_to(
 ) -> Embeddings:
     """Encode texts into files, in their order, and open them: a corpus of any size, with the memory of two shards.
 
+    While a shard is written, the next is computed and the texts of up to three more are read and tokenised, so that the devices
+    wait for nothing but a disk or a source that is slower than they are.
+
     The bytes that each output takes are said on stderr first, dense exactly and the others estimated from a sample. What was
     stopped, by a kill, Ctrl-C or a full disk, goes on with the same call: texts whose shards are there are read and compared
     by a digest, not encoded. A directory is finished when all texts are in it; until then `open_embeddings` refuses it.
@@ -57,8 +60,9 @@ def encode_to(
     directory: on a file system; shards.py tells what is in it. texts: any iterable of str; one that knows its length is
     checked against the free disk before it begins, others shard by shard. colbert_dtype: what colbert vectors are stored in;
     they are read as float32. "float16" is within 2⁻¹¹ of each number, "int8" within max|x| / 254 of the vector, a quarter of
-    float32's bytes. shard_texts: texts of a shard, which is what a kill can lose; fewer where colbert would take more than
-    2 GiB. The other arguments are those of `encode`; batch_tokens may be another when it goes on.
+    float32's bytes. shard_texts: texts of a shard, of which a kill can lose two, one that is written and one that is computed;
+    fewer where colbert would take more than 2 GiB. The other arguments are those of `encode`; batch_tokens may be another when
+    it goes on.
 
     Under jax.distributed every process passes the same texts and one directory that all see. Shards are dealt out by
     process; parameters that span processes make all encode each shard together. The number of processes may change between
@@ -106,25 +110,30 @@ def encode_to(
     if jax.process_index() > 0:
         progress = False
     hidden = None if progress is None else not progress  # None: but on a terminal
-    missing, group = 0, first
+    needed: set[int] = set()
     with _Writer(directory, colbert_dtype) as writer, tqdm(total=count, unit="text", disable=hidden) as bar:
-        for group in chain([first], groups):
-            if group.index in done:
-                _check_same(directory, group)
-            elif finished:
-                raise ValueError(
-                    f"{directory}: it is finished with {group.row} texts, but more came; take another directory for them"
-                )
-            else:
-                mine = missing % jax.process_count() == jax.process_index()
-                missing += 1
-                if mine or together:
-                    parts, cut = run(m3, group.texts, plan, progress=False)
-                    if mine:
-                        writer.put(group, Embeddings(*parts), cut)
-            bar.update(len(group.texts))
+
+        def to_encode() -> Iterator[tuple[_Group | None, list[str]]]:
+            """The texts of each group that this process encodes, under the group where it also writes it."""
+            missing = 0
+            for group in chain([first], groups):
+                needed.add(group.index)
+                if group.index in done:
+                    _check_same(directory, group)
+                elif finished:
+                    raise ValueError(
+                        f"{directory}: it is finished with {group.row} texts, but more came; take another directory for them"
+                    )
+                else:
+                    mine = missing % jax.process_count() == jax.process_index()
+                    missing += 1
+                    if mine or together:
+                        yield group if mine else None, group.texts
+                        continue
+                bar.update(len(group.texts))
+
+        run(m3, to_encode(), plan, deliver=writer.put, taken_in=bar.update)
     # By looking, because one process may wait for another's shard for hours, which is no time for a collective.
-    needed = set(range(group.index + 1))
     _until(lambda: needed <= shards.there(directory))
     _check_no_more(directory, len(needed))
     if jax.process_index() == 0 and not finished:
@@ -213,7 +222,8 @@ def _check_same(directory: Path, group: _Group) -> None:
 
 
 class _Writer:
-    """Writes a shard on a thread while the next is encoded; leaving it waits for the last one, whatever ended the block."""
+    """Writes a shard on a thread while the next ones are encoded; `put` waits for the one before, so that two shards are in
+    memory, and leaving for the last one, whatever ended the block."""
 
     def __init__(self, directory: Path, colbert_dtype: ColbertDtype):
         self._directory = directory
@@ -224,10 +234,15 @@ class _Writer:
     def __enter__(self) -> "_Writer":
         return self
 
-    def put(self, group: _Group, rows: Embeddings, cut: int) -> None:
+    def put(self, group: _Group | None, arrays: Arrays, cut: int) -> None:
+        """Take the embeddings of a group's texts; None is for another process to write."""
         self._wait()
-        write = partial(shards.write_shard, colbert_dtype=self._dtype, cut=cut, digest=group.digest)
-        self._writing = self._pool.submit(write, self._directory, group.index, rows)
+        if group is not None:
+            self._writing = self._pool.submit(self._write, group, arrays, cut)
+
+    def _write(self, group: _Group, arrays: Arrays, cut: int) -> None:
+        rows = Embeddings(*arrays)
+        shards.write_shard(self._directory, group.index, rows, colbert_dtype=self._dtype, cut=cut, digest=group.digest)
 
     def _wait(self) -> None:
         if self._writing is not None:

@@ -12,8 +12,10 @@ from typing import Any, Literal
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from m3jax import sources, weights
+from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
 from m3jax.encoding import make_plan, run, say_cut
 from m3jax.model import M3, cast
@@ -120,7 +122,8 @@ def encode(
 
     Texts are tokenised, computed and taken in beside each other. Where the parameters lie on a mesh (`load` puts them on all
     devices of the process), rows are split over it. Under jax.distributed, parameters on a mesh of several processes mean that
-    all processes pass the same texts and get all rows; otherwise each encodes what it is given.
+    all processes pass the same texts and get all rows; otherwise each encodes what it is given. On such a mesh a batch that
+    does not fit is not halved: JAX's error comes through in the process where it happened, with a note on what to do.
 
     A text has the same numbers alone, in any batch and at any place: within 1e-5 in float32. In bfloat16, of models from width
     256 on, dense and colbert vectors have a cosine above 1 − 1e-4 and lexical weights are within 2% of the largest, from batch
@@ -140,7 +143,12 @@ def encode(
         batch_tokens=batch_tokens,
     )
     rows = [texts] if isinstance(texts, str) else list(texts)
-    parts, cut = run(m3, rows, plan, progress=progress)
+    whole: list[tuple[Arrays, int]] = []
+    # A bar that is asked for shows at once; None is tqdm's word for one on a terminal, if the work takes a while.
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(rows), unit="text", desc="encode", disable=hidden, delay=0 if progress else 3) as bar:
+        run(m3, [(None, rows)], plan, deliver=lambda _, *given: whole.append(given), taken_in=bar.update)
+    [(arrays, cut)] = whole
     if cut:
         warnings.warn(say_cut(cut, len(rows), plan.max_length), stacklevel=2)
-    return Embeddings(*parts, single=isinstance(texts, str))
+    return Embeddings(*arrays, single=isinstance(texts, str))

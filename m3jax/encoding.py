@@ -1,46 +1,71 @@
-"""Texts to dense, lexical and colbert arrays: tokenised, computed and taken in beside each other, returned in order.
+"""Texts to dense, lexical and colbert arrays: read, tokenised, computed and taken in beside each other, delivered in order.
 
-Not here: what users pass and get (embedder.py), how texts share batches (batching.py), what the device computes (forward.py).
+Not here: what users pass and get (embedder.py, corpus.py), how texts share batches (batching.py), what the device computes
+(forward.py).
 """
 
 import math
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from threading import Event, Thread
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.errors import JaxRuntimeError
-from scipy.sparse import csr_matrix, vstack
-from tqdm import tqdm
 
 from m3jax.batching import PackedIds, Packing, arrange, pack
+from m3jax.collected import Arrays, Collected
 from m3jax.config import M3Config
-from m3jax.forward import Asked, Results, backend, forward, row_groups
+from m3jax.forward import Asked, Results, backend, forward, mesh_of, row_groups
 from m3jax.model import M3
-from m3jax.tokenization import MCLS_RUN, cls_columns
+from m3jax.tokenization import MCLS_RUN
+
+Key = TypeVar("Key")
 
 
 class Rows(NamedTuple):
-    """Numbers of a backend: tokens of a batch on each device, the row length that short texts share, what rows are multiples
-    of."""
+    """How `pack` makes a backend's batches: tokens of one on each device, the row length that short texts share, what rows are
+    multiples of, and where few shapes are to be compiled, the row lengths for longer texts."""
 
     batch_tokens: int
     row_length: int
     step: int
+    longer_rows: Sequence[int] = ()
+
+    def pack(self, lengths: Sequence[int], batch_tokens: int | None, groups: int) -> Iterator[Packing]:
+        """The batches of texts for so many groups of devices; None is the backend's own number of tokens."""
+        return pack(
+            lengths,
+            batch_tokens=batch_tokens or self.batch_tokens * groups,
+            row_length=self.row_length,
+            step=self.step,
+            longer_rows=self.longer_rows,
+            row_multiple=groups,
+        )
 
 
 # CPU: a layer's activations of 1024 tokens stay in the caches; 12 × 768 in rows of 64, microseconds a token and layer at 512,
 # 1024, 2048, 4096 tokens: float32 81, 81, 96, 105, bfloat16 44, 44, 47, 61. Short rows, because attention there works through a
-# row for each of its tokens. TPU: its kernels take rows of multiples of 128. GPU and TPU: not measured.
-_ROWS = {"cpu": Rows(1024, 64, 8), "gpu": Rows(16384, 512, 64), "tpu": Rows(16384, 512, 128)}
+# row for each of its tokens. TPU: its kernels take rows of multiples of 128. Where a shape takes a second to compile, documents
+# share rows of eight lengths: of 1,000 with 1,000 to 8,000 tokens, 4.2% is padding, in 7 to 10 shapes. That costs 1.21 × the
+# operations of rows that they have to themselves, as attention goes over whole rows; lengths in steps of 128, which were 49
+# shapes, 1.04 ×, those in steps of 2048 1.26 × (tests/test_batching.py). GPU and TPU: no times measured.
+_LONGER = range(1024, 8192 + 1, 1024)
+_ROWS = {"cpu": Rows(1024, 64, 8), "gpu": Rows(16384, 512, 64, _LONGER), "tpu": Rows(16384, 512, 128, _LONGER)}
 
 # Texts are tokenised, sorted and packed some thousands at a time: enough to fill rows, few enough to begin soon.
 _WINDOW_TEXTS = 8192
 _WINDOW_CHARACTERS = 1 << 22
-# Batches that wait for the device: one is computed, one is ready.
-_AHEAD = 2
+# Windows at work while the next is read: one is computed, one is tokenised.
+_AT_WORK = 2
+# Characters between two looks whether to go on: about 0.1 s of tokenising.
+_CHARACTERS_AT_ONCE = 1 << 18
+# Computations that XLA lets wait on CPU; starting one more waits for one of them, and nothing breaks that off.
+_CPU_QUEUE = 32
 
 
 class Plan(NamedTuple):
@@ -84,6 +109,12 @@ def make_plan(
         )
     if not isinstance(instruction, str):
         raise ValueError(f"instruction must be a str, got {type(instruction).__name__}: {instruction!r:.80}")
+    try:
+        instruction.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"instruction must be valid Unicode, got a lone surrogate {instruction[error.start]!a} at character {error.start}"
+        ) from error
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     return Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
@@ -95,132 +126,223 @@ def say_cut(cut: int, count: int, max_length: int) -> str:
 
 
 def run(
-    m3: M3, texts: Sequence[str], plan: Plan, *, progress: bool | None
-) -> tuple[tuple[np.ndarray | None, csr_matrix | None, list[np.ndarray] | None], int]:
-    """Dense [n, width], terms (CSR [n, vocabulary]) and colbert (n arrays) of n texts, and how many were cut.
+    m3: M3,
+    parts: Iterable[tuple[Key, Sequence[str]]],
+    plan: Plan,
+    *,
+    deliver: Callable[[Key, Arrays, int], object],
+    taken_in: Callable[[int], object],
+) -> None:
+    """Encode the texts of each part: `deliver(key, arrays, cut)` gets what was asked for of them and how many were cut.
 
-    Ctrl-C returns at once: what runs on the threads is given up (a process that ends waits for the batch at work).
+    Parts come as (key, texts) and are delivered in their order, each when it is whole. Meanwhile the next batch is computed and
+    the texts of at most three more parts are read. taken_in is told numbers of texts, for a progress bar. Both are called from
+    the thread that starts batches and takes them in, which waits for them.
+
+    An error of reading `parts` comes through when what came before is delivered, every other at once. Ctrl-C returns at once:
+    no batch is started and nothing delivered after it, and a process that then ends does not wait for the batches at work.
     """
-    for index, text in enumerate(texts):  # here too: a corpus is not to fail halfway
-        if not isinstance(text, str):
-            raise ValueError(f"texts[{index}] must be a str; {type(text).__name__} came: {text!r:.80}")
-    device = _Device(m3, len(texts), plan)
-    cut = 0
+    stop = Event()
+    device = _Device(m3, plan, stop, deliver, taken_in)
     tokenising, computing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    at_work: deque[Future[None]] = deque()
+    came = 0
+
+    def tokenise(window: _Window) -> _Tokenised:
+        ids: list[np.ndarray] = []
+        cut = 0
+        for some in _slices(window.texts, len(window.texts), _CHARACTERS_AT_ONCE):
+            if stop.is_set():
+                raise CancelledError
+            texts = [plan.instruction + text for text in window.texts[some]]
+            first, before = window.first + some.start, len(plan.instruction)
+            more, longer = m3.tokenizer.encode(texts, plan.max_length, mcls=plan.mcls, first=first, before=before)
+            ids += more
+            cut += longer
+        return _Tokenised(ids, cut, list(device.pack([len(row) for row in ids])))
+
+    def compute(window: _Window, tokenised: Future[_Tokenised]) -> None:
+        try:
+            device.compute(window, tokenised)
+            if window.number == came:  # nothing waits behind it, and the next may be long in coming
+                device.finish()
+        except BaseException:
+            stop.set()  # what waits behind it is not begun
+            device.let_go()
+            raise
+
+    def settle(left: int) -> None:
+        while len(at_work) > left:
+            at_work.popleft().result()
+
     try:
-        # A bar that is asked for shows at once; else on a terminal, and only if the work takes a while.
-        bar = tqdm(total=len(texts), unit="text", desc="encode", disable=_hidden(progress), delay=0 if progress else 3)
-        with bar:
-            waiting: list[Future[int]] = []
-
-            def settle(left: int) -> None:
-                while len(waiting) > left:
-                    bar.update(waiting.pop(0).result())
-
-            def tokenise(window: slice) -> tuple[list[np.ndarray], int]:
-                some = [plan.instruction + text for text in texts[window]] if plan.instruction else texts[window]
-                return m3.tokenizer.encode(some, plan.max_length, mcls=plan.mcls, first=window.start)
-
-            windows = _windows(texts)
-            following = next(windows, None)
-            ahead = following and tokenising.submit(tokenise, following)
-            while following and ahead:
-                window, (ids, shorter) = following, ahead.result()
-                following = next(windows, None)
-                ahead = following and tokenising.submit(tokenise, following)
-                cut += shorter
-                for packing in device.pack([len(row) for row in ids]):
-                    settle(_AHEAD)
-                    own = [ids[text] for text in packing.texts]
-                    waiting.append(computing.submit(device.compute, packing, own, window.start))
-            waiting.append(computing.submit(device.finish))
-            settle(0)
+        try:
+            for window in _windows(parts):
+                settle(_AT_WORK - 1)
+                came = window.number
+                at_work.append(computing.submit(compute, window, tokenising.submit(tokenise, window)))
+        except Exception:
+            if not stop.is_set():  # it is one of reading
+                settle(0)
+            raise
+        settle(0)
     finally:
+        stop.set()
         for executor in (tokenising, computing):
             executor.shutdown(wait=False, cancel_futures=True)
-    return device.collected.arrays(), cut
 
 
-def _hidden(progress: bool | None) -> bool | None:
-    return None if progress is None else not progress  # tqdm's None: hidden unless on a terminal
+class _Window(NamedTuple):
+    """Texts that share batches, the number-th of a run: of the `count` texts of a part those from `first` on."""
+
+    number: int
+    key: Any
+    count: int
+    first: int
+    texts: Sequence[str]
 
 
-def _windows(texts: Sequence[str]) -> Iterator[slice]:
+def _windows(parts: Iterable[tuple[Any, Sequence[str]]]) -> Iterator[_Window]:
+    """The windows of each part; a part of no texts has one of none."""
+    number = 0
+    for key, texts in parts:
+        for index, text in enumerate(texts):  # here too: a corpus is not to fail halfway
+            if not isinstance(text, str):
+                raise ValueError(f"texts[{index}] must be a str; {type(text).__name__} came: {text!r:.80}")
+        for some in _slices(texts, _WINDOW_TEXTS, _WINDOW_CHARACTERS):
+            number += 1
+            yield _Window(number, key, len(texts), some.start, texts[some])
+
+
+def _slices(texts: Sequence[str], count: int, most: int) -> Iterator[slice]:
+    """All texts in slices of at most `count`, which have at most so many characters, but for a single text."""
     start = characters = 0
     for index, text in enumerate(texts):
-        if index > start and (index - start == _WINDOW_TEXTS or characters + len(text) > _WINDOW_CHARACTERS):
+        if index > start and (index - start == count or characters + len(text) > most):
             yield slice(start, index)
             start, characters = index, 0
         characters += len(text)
-    if start < len(texts):
-        yield slice(start, len(texts))
+    yield slice(start, len(texts))
+
+
+class _Tokenised(NamedTuple):
+    """The token ids of a window's texts, how many were cut, and the batches they make."""
+
+    ids: list[np.ndarray]
+    cut: int
+    packings: list[Packing]
 
 
 class _Batch(NamedTuple):
-    """A batch on its way: its texts are numbered from `first` on; an error waits in place of results until its turn."""
+    """A batch on its way, of texts of `window`; an error waits in place of results until its turn."""
 
+    window: _Window
+    collected: Collected
     packing: Packing
     ids: list[np.ndarray]
-    first: int
     arrays: PackedIds
     results: Results | Exception
 
 
-class _Device:
-    """Batches to the device and back, one computed while the one before is taken in; all calls come from one thread."""
+def _arrays(batch: _Batch) -> list[Any]:  # jax.Array does not tell type checkers of is_ready
+    return [] if isinstance(batch.results, Exception) else [x for x in batch.results if x is not None]
 
-    def __init__(self, m3: M3, count: int, plan: Plan):
+
+class _Device:
+    """Batches to the device and back, one computed while the one before is taken in; all calls but of `pack` come from one
+    thread."""
+
+    def __init__(
+        self,
+        m3: M3,
+        plan: Plan,
+        stop: Event,
+        deliver: Callable[[Any, Arrays, int], object],
+        taken_in: Callable[[int], object],
+    ):
         self._m3 = m3
         self._plan = plan
+        self._stop = stop
+        self._deliver = deliver
+        self._taken_in = taken_in
+        mesh = mesh_of(m3.params)
+        self._several_processes = mesh is not None and mesh.is_multi_process
         self._groups = row_groups(m3.params)
         self._rows = _ROWS[backend(m3.params)]
         self._tokens = plan.batch_tokens or self._rows.batch_tokens * self._groups
         self._too_many = math.inf  # tokens, the fewest that did not fit into memory
-        self._running: _Batch | None = None
-        self.collected = _Collected(m3, count, plan)
+        # A layer is a computation, so are embeddings and heads.
+        self._one_by_one = backend(m3.params) == "cpu" and 2 * (m3.config.num_hidden_layers + 2) > _CPU_QUEUE
+        self._collected: Collected | None = None
+        self._running: _Batch | None = None  # the last that was started
+        self._awaited: _Batch | None = None  # the one that is taken in
 
     def pack(self, lengths: Sequence[int]) -> Iterator[Packing]:
-        rows = self._rows
-        return pack(
-            lengths,
-            batch_tokens=self._tokens,
-            row_length=rows.row_length,
-            step=rows.step,
-            row_multiple=self._groups,
-        )
+        return self._rows.pack(lengths, self._tokens, self._groups)
 
-    def compute(self, packing: Packing, ids: list[np.ndarray], first: int) -> int:
-        """Start a batch and take in the one before; gives the number of texts taken in."""
-        taken = 0
-        for part, own in self._that_fit(packing, ids):
-            before, self._running = self._running, self._start(part, own, first)
-            taken += self._take_in(before) if before else 0
-        return taken
+    def compute(self, window: _Window, tokenised: Future[_Tokenised]) -> None:
+        """Start each batch of a window, and take in the one before."""
+        if not tokenised.done():
+            self.finish()  # the device has nothing else to do
+        ids, cut, packings = tokenised.result()
+        if window.first == 0:
+            self._collected = Collected(self._m3.config, window.count, self._plan.asked, mcls=self._plan.mcls)
+        collected = self._collected
+        assert collected is not None
+        collected.cut += cut
+        for packing in packings:
+            for part, own in self._that_fit(packing, [ids[text] for text in packing.texts]):
+                before, self._running = self._running, self._start(window, collected, part, own)
+                if before:
+                    self._take_in(before)
+        if not window.count:
+            self.finish()
+            self._whole(window, collected)
 
-    def finish(self) -> int:
+    def finish(self) -> None:
         """Take in the last batch."""
-        return self._take_in(self._running) if self._running else 0
+        last, self._running = self._running, None
+        if last:
+            self._take_in(last)
 
-    def _start(self, packing: Packing, ids: list[np.ndarray], first: int) -> _Batch:
+    def _start(self, window: _Window, collected: Collected, packing: Packing, ids: list[np.ndarray]) -> _Batch:
+        self._go_on()
         arrays = arrange(packing, ids, self._m3.tokenizer.pad_id, MCLS_RUN + 1 if self._plan.mcls else 0)
+        if self._one_by_one and self._running:
+            self._wait(self._running)
         try:
             results = forward(self._m3.config, self._m3.params, arrays, self._plan.asked)
         except JaxRuntimeError as error:
             results = error
-        return _Batch(packing, ids, first, arrays, results)
+        return _Batch(window, collected, packing, ids, arrays, results)
 
-    def _take_in(self, batch: _Batch) -> int:
+    def _take_in(self, batch: _Batch) -> None:
+        self._go_on()
+        self._awaited = batch
         try:
+            self._wait(batch)
             if isinstance(batch.results, Exception):
                 raise batch.results
             results = Results(*jax.device_get(batch.results))
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or len(batch.ids) == 1:
                 raise
+            if self._several_processes:
+                rows, length = batch.packing.shape
+                # The others may have had room for it; they would wait for ever for halves that only this process computes.
+                error.add_note(
+                    f"a batch of {rows} x {length} tokens did not fit into the memory of this process's devices, and is not "
+                    "halved, because parameters on a mesh of several processes make all compute the same batches; pass all of "
+                    f"them a batch_tokens below {rows * length}"
+                )
+                raise
             error.__traceback__ = None  # its frames hold arrays on the device
         else:
-            self.collected.add(batch, results)
-            return len(batch.ids)
+            batch.collected.add(batch.window.first, batch.packing, batch.ids, batch.arrays, results)
+            self._taken_in(len(batch.ids))
+            if not batch.collected.left:
+                self._whole(batch.window, batch.collected)
+            return
         rows, length = batch.packing.shape
         if rows * length < self._too_many:
             warnings.warn(
@@ -231,8 +353,36 @@ class _Device:
             self._too_many = rows * length
             self._tokens = min(self._tokens, max(1, self._too_many // 2))
         for part, own in self._that_fit(batch.packing, batch.ids):
-            self._take_in(self._start(part, own, batch.first))
-        return len(batch.ids)
+            self._take_in(self._start(batch.window, batch.collected, part, own))
+
+    def _whole(self, window: _Window, collected: Collected) -> None:
+        self._go_on()
+        self._deliver(window.key, collected.arrays(), collected.cut)
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise CancelledError
+
+    def _wait(self, batch: _Batch) -> None:
+        """Until the device has the results: by looking, because nothing breaks off JAX's own waiting."""
+        start, results = time.perf_counter(), _arrays(batch)
+        while not all(x.is_ready() for x in results):
+            # Late by a hundredth of the time that it took so far, and by 5 ms at most.
+            if self._stop.wait(min(0.01 * (time.perf_counter() - start) + 1e-4, 0.005)):
+                raise CancelledError
+
+    def let_go(self) -> None:
+        """Leave the batches at work to themselves, so that a process which ends does not wait for them.
+
+        JAX would wait when the last of its arrays is freed. They are kept by a thread that no process waits for.
+        """
+        left = [x for batch in (self._awaited, self._running) if batch for x in _arrays(batch)]
+
+        def keep() -> None:
+            while not all(x.is_ready() for x in left):
+                time.sleep(0.05)
+
+        Thread(target=keep, daemon=True).start()
 
     def _that_fit(self, packing: Packing, ids: list[np.ndarray]) -> Iterator[tuple[Packing, list[np.ndarray]]]:
         """The batch itself, or halves of halves of its texts that are smaller than what is known not to fit."""
@@ -245,64 +395,3 @@ class _Device:
             for part in self.pack(lengths):
                 own = [ids[some][text] for text in part.texts]
                 yield from self._that_fit(part._replace(texts=texts[part.texts]), own)
-
-
-class _Collected:
-    """Results of batches, put into the order of the texts."""
-
-    def __init__(self, m3: M3, count: int, plan: Plan):
-        asked, config = plan.asked, m3.config
-        self._mcls = plan.mcls
-        self._vocab_size = config.vocab_size
-        self._dense = np.zeros((count, asked.width or config.hidden_size), np.float32) if asked.dense else None
-        self._colbert = [_NOTHING] * count if asked.colbert else None
-        self._terms: list[csr_matrix] | None = [] if asked.sparse else None
-        self._order: list[np.ndarray] = []
-
-    def add(self, batch: _Batch, results: Results) -> None:
-        if not all(part is None or np.isfinite(part.sum()) for part in results):
-            raise ValueError(
-                "embeddings must be finite, but the model gave NaN or infinity; look at its weights (a training run that "
-                "diverged?) or, with dtype float16, take bfloat16"
-            )
-        texts = batch.first + batch.packing.texts
-        if self._dense is not None:
-            dense = np.asarray(results.dense)
-            self._dense[texts] = dense.reshape(-1, dense.shape[-1])[batch.arrays.order]
-        if self._terms is not None:
-            self._order.append(texts)
-            self._terms.append(self._largest(batch, np.asarray(results.token_weights)))
-        if self._colbert is not None:
-            colbert = np.asarray(results.colbert)
-            for text, row, start, ids in zip(texts, batch.packing.rows, batch.packing.starts, batch.ids, strict=True):
-                own = np.delete(np.arange(len(ids)), cls_columns(len(ids), mcls=self._mcls))
-                # A copy, so that a text does not keep its whole batch alive.
-                self._colbert[text] = colbert[row, start + own]
-
-    def _largest(self, batch: _Batch, weights: np.ndarray) -> csr_matrix:
-        """The largest weight of each term of each text, a row a text of the packing."""
-        arrays, count = batch.arrays, len(batch.ids)
-        text_of_slot = np.zeros(weights.shape[0] * arrays.slots.shape[1], np.int64)
-        text_of_slot[arrays.order] = np.arange(count)
-        row, column = np.nonzero(weights)
-        texts = text_of_slot[row * arrays.slots.shape[1] + arrays.segments[row, column] - 1]
-        ids, weights = arrays.ids[row, column], weights[row, column]
-        order = np.lexsort((ids, texts))
-        texts, ids, weights = texts[order], ids[order], weights[order]
-        first = np.flatnonzero(np.diff(texts, prepend=-1) | np.diff(ids, prepend=-1))
-        largest = np.maximum.reduceat(weights, first) if len(first) else weights
-        ends = np.searchsorted(texts[first], np.arange(count + 1))
-        return csr_matrix((largest, ids[first], ends), shape=(count, self._vocab_size))
-
-    def arrays(self) -> tuple[np.ndarray | None, csr_matrix | None, list[np.ndarray] | None]:
-        terms = None
-        if self._terms is not None:
-            if self._terms:
-                restore = np.argsort(np.concatenate(self._order))
-                terms = csr_matrix(vstack(self._terms, format="csr", dtype=np.float32))[restore]
-            else:
-                terms = csr_matrix((0, self._vocab_size), dtype=np.float32)
-        return self._dense, terms, self._colbert
-
-
-_NOTHING = np.zeros((0, 0), np.float32)

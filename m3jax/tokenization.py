@@ -85,14 +85,20 @@ class Tokenizer:
         )
 
     def encode(
-        self, texts: Sequence[str], max_length: int | None = None, *, mcls: bool = False, first: int = 0
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        *,
+        mcls: bool = False,
+        first: int = 0,
+        before: int = 0,
     ) -> tuple[list[np.ndarray], int]:
         """Token ids of each text, int32 `[length]` with `<s>` first and `</s>` last, and the number of texts cut.
 
         A text longer than `max_length` ids keeps its first `max_length - 1` and `</s>`, as Hugging Face truncation
         does; the caller tells the user how many were cut. mcls: a `<s>` stands before every 256 tokens and counts as one
-        (PAPER §5); `cls_columns` says where. ValueError for what is not a str or not valid Unicode, which is counted from
-        `first` on.
+        (PAPER §5); `cls_columns` says where. ValueError for what is not a str or not valid Unicode: texts are counted from
+        `first` on, and characters without the `before` characters that the caller set before each text.
         """
         if isinstance(texts, str):
             raise ValueError("texts must be a sequence of str; one str came. Pass [text].")
@@ -111,7 +117,7 @@ class Tokenizer:
                 except UnicodeEncodeError as cause:
                     raise ValueError(
                         f"texts[{first + index}] is not valid Unicode: lone surrogate {text[cause.start]!a} at character "
-                        f"{cause.start}. Decode the source again, or use text.encode('utf-8', 'replace').decode()."
+                        f"{cause.start - before}. Decode the source again, or use text.encode('utf-8', 'replace').decode()."
                     ) from error
             raise
         rows = [np.asarray(encoding.ids, np.int32) for encoding in encodings]

@@ -36,7 +36,7 @@ def files(directory):
     }
 
 
-def stopped(m3, directory, after, error=KeyboardInterrupt, **more):
+def stopped(m3, directory, after, error=OSError, **more):
     """A directory whose run ended when the text `after` was asked for."""
 
     def some():

@@ -9,8 +9,8 @@ from m3jax.batching import arrange, bucket_length, pack, pad
 from m3jax.encoding import _ROWS
 
 STEPS = {8: 112, 64: 64, 128: 48}  # and the number of buckets up to 8192
-# Texts of a mix, and their lengths.
-MIXES = {"queries": (4000, 5, 40), "passages": (4000, 50, 400), "documents": (300, 1000, 8000)}
+# Texts of a mix, their lengths, and how many are packed together: as many as make a window of encode.
+MIXES = {"queries": (8000, 5, 40, 8000), "passages": (4000, 50, 400, 4000), "documents": (1000, 1000, 8000, 250)}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -39,26 +39,24 @@ def test_no_bucket(length, step):
     batch_tokens=st.one_of(st.integers(1, 2000), st.integers(1, 70_000)),
     row_length=st.sampled_from([1, 64, 512]),
     step=st.sampled_from([1, 8, 64, 128]),
+    longer_rows=st.sampled_from([(), (600,), (1024, 2048, 4096), range(1024, 8193, 1024)]),
     row_multiple=st.integers(1, 8),
 )
-def test_pack(lengths, batch_tokens, row_length, step, row_multiple):
+def test_pack(lengths, batch_tokens, row_length, step, longer_rows, row_multiple):
     given = {"batch_tokens": batch_tokens, "row_length": row_length, "step": step, "row_multiple": row_multiple}
-    batches = list(pack(lengths, **given))
+    batches = list(pack(lengths, **given, longer_rows=longer_rows))
     placed = [text for batch in batches for text in batch.texts.tolist()]
     assert sorted(placed) == list(range(len(lengths)))
-    assert [batch.shape[1] for batch in batches] == sorted((batch.shape[1] for batch in batches), reverse=True)
     left = sorted(lengths)
     for batch in batches:
         rows, length = batch.shape
-        assert length == bucket_length(max(left[-1], min(row_length, sum(left))), step)  # longest first
-        assert rows % row_multiple == 0
-        assert rows * length <= batch_tokens or rows == row_multiple
+        longest = left[-1]  # first
+        own = [one for one in longer_rows if one >= longest] if longest > row_length else []
+        assert length in own if own else length == bucket_length(max(longest, min(row_length, sum(left))), step)
         full = max(1, batch_tokens // (length * row_multiple)) * row_multiple
         used = batch.rows[-1] + 1
-        if batch is batches[-1]:
-            assert rows == full or used <= rows < 1.34 * used + row_multiple
-        else:
-            assert rows == used == full
+        assert rows % row_multiple == 0 and used <= rows < used + row_multiple  # no device has nothing but padding
+        assert rows == full or rows // row_multiple in FEW
         in_rows = [[] for _ in range(used)]
         for text, row, start in zip(batch.texts, batch.rows, batch.starts, strict=True):
             in_rows[row].append((start, lengths[text]))
@@ -71,31 +69,55 @@ def test_pack(lengths, batch_tokens, row_length, step, row_multiple):
                 left.remove(size)
             room = length - sum(size for _, size in texts)
             assert room >= 0 and not (left and left[0] <= room)
+        if rows < full:  # for want of texts: the rest makes less than a batch as large
+            assert sum(left) <= length * rows
 
 
+FEW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
+
+
+def test_texts_of_like_length_keep_their_order():
+    (batch,) = pack([7, 9, 7, 7, 9], batch_tokens=1000, row_length=16)
+    assert batch.texts.tolist() == [1, 0, 4, 2, 3]
+
+
+@pytest.mark.parametrize(("groups", "padding"), [(1, 0.05), (8, 0.075)])
 @pytest.mark.parametrize("backend", _ROWS)
 @pytest.mark.parametrize("mix", MIXES)
-def test_padding_and_shapes_of_a_mix(mix, backend):
-    count, low, high = MIXES[mix]
+def test_padding_and_shapes_of_a_mix(mix, backend, groups, padding):
+    """Small numbers of documents end in rows that eight devices do not fill: there it is more."""
+    count, low, high, window = MIXES[mix]
     lengths = np.random.default_rng(0).integers(low, high + 1, count)
-    given = _ROWS[backend]
-    batches = list(
-        pack(lengths, batch_tokens=given.batch_tokens, row_length=given.row_length, step=given.step, row_multiple=1)
-    )
-    computed = sum(rows * length for rows, length in (batch.shape for batch in batches))
-    assert computed <= lengths.sum() / 0.95
-    # A shape for each row length, one more for the last batch.
-    assert len({batch.shape for batch in batches}) <= len({batch.shape[1] for batch in batches}) + 1
-    most = {"queries": 2, "passages": 36, "documents": 49}[mix]
-    assert len({batch.shape for batch in batches}) <= most
+    batches = [
+        batch.shape
+        for start in range(0, count, window)
+        for batch in _ROWS[backend].pack(lengths[start : start + window], None, groups)
+    ]
+    assert lengths.sum() / sum(rows * length for rows, length in batches) >= 1 - padding
+    most = {"queries": 4, "passages": 40 if backend == "cpu" else 5, "documents": 64 if backend == "cpu" else 12}
+    assert len(set(batches)) <= most[mix]
+
+
+def test_documents_cost_little_more_in_rows_that_they_share():
+    """Attention goes over whole rows: in operations at width 1024, beside rows that texts have to themselves."""
+    count, low, high, window = MIXES["documents"]
+    lengths = np.random.default_rng(0).integers(low, high + 1, count)
+    batches = [
+        batch.shape
+        for start in range(0, count, window)
+        for batch in _ROWS["tpu"].pack(lengths[start : start + window], None, 1)
+    ]
+    alone = (lengths * (6144 + lengths)).sum()
+    assert sum(rows * length * (6144 + length) for rows, length in batches) < 1.25 * alone
 
 
 def test_last_batches_come_in_few_shapes():
-    shapes = set()
-    for count in range(1, 1000):
-        *_, last = pack([64] * count, batch_tokens=64_000, row_length=64, row_multiple=2)
-        shapes.add(last.shape[0])
-    assert len(shapes) == 8 + 6 * 4  # 2 to 16 rows in twos, then four numbers a doubling, of which 1000 is the last
+    rows = set()
+    for count in range(1, 999):
+        batches = [batch.shape[0] for batch in pack([64] * count, batch_tokens=64_000, row_length=64, row_multiple=2)]
+        assert sum(batches) == -(-count // 2) * 2
+        rows.update(batches)
+    assert rows == {2 * groups for groups in FEW}
 
 
 def test_a_text_beyond_the_budget_is_a_row():
@@ -110,7 +132,9 @@ def test_no_texts_and_bad_numbers():
     for name in ("batch_tokens", "row_length", "step", "row_multiple"):
         with pytest.raises(ValueError, match="at least 1"):
             next(pack([1], **({"batch_tokens": 10} | {name: 0})))
-    with pytest.raises(ValueError, match="10, 1, 8, 1 and 0 came"):
+    with pytest.raises(ValueError, match=r"10, 1, 8, 1, \[0, 5\] and 4 came"):
+        next(pack([4], batch_tokens=10, longer_rows=(0, 5)))
+    with pytest.raises(ValueError, match=r"10, 1, 8, 1, \[\] and 0 came"):
         next(pack([4, 0], batch_tokens=10))
 
 

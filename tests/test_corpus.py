@@ -98,16 +98,24 @@ def test_it_goes_on_where_it_was_stopped(m3, tmp_path, whole, after, monkeypatch
     if after:
         with pytest.raises(ValueError, match="not finished"):
             m3jax.open_embeddings(directory)
-    encoded, run = [], corpus.run
-    monkeypatch.setattr(
-        corpus, "run", lambda m3, texts, *more, **how: encoded.extend(texts) or run(m3, texts, *more, **how)
-    )
+    encoded = watch_run(monkeypatch)
     (directory / "partial-00000001-of-a-killed-run").mkdir(parents=True)
     m3jax.encode_to(directory, m3, (text for text in TEXTS), **SMALL)
     assert files(directory) == whole
     assert encoded == TEXTS[max(0, after - 1) // 5 * 5 :]
     m3jax.encode_to(directory, m3, TEXTS, **SMALL)  # finished: the texts are compared, nothing is encoded
     assert files(directory) == whole and len(encoded) == 23 - max(0, after - 1) // 5 * 5
+
+
+def watch_run(monkeypatch):
+    """The texts that are encoded, as they come."""
+    encoded, run = [], corpus.run
+
+    def watched(m3, parts, *more, **how):
+        run(m3, ((encoded.extend(texts), (key, texts))[1] for key, texts in parts), *more, **how)
+
+    monkeypatch.setattr(corpus, "run", watched)
+    return encoded
 
 
 RUN = """
@@ -241,8 +249,8 @@ def test_cut_texts_are_counted_once_for_all(m3, tmp_path):
     with pytest.warns(UserWarning) as expected:
         m3jax.encode(m3, texts, max_length=9)
     more = {"shard_texts": 5, "max_length": 9}
-    with pytest.raises(KeyboardInterrupt):
-        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 13, KeyboardInterrupt), **more)
+    with pytest.raises(OSError):
+        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 13, OSError), **more)
     for _ in range(2):  # resumed, then finished
         with pytest.warns(UserWarning) as caught:
             m3jax.encode_to(tmp_path / "x", m3, texts, **more)
@@ -276,18 +284,14 @@ def test_a_shard_with_colbert_is_closed_by_its_size(m3, tmp_path, monkeypatch):
         assert json.loads(files(tmp_path / str(colbert))["finished.json"])["shards"] == counts
 
 
-def fake(m3, monkeypatch, megabytes=1, then=lambda texts: None):
-    """run in place of which arrays of one size come."""
+def test_memory_is_that_of_two_shards(m3, tmp_path, monkeypatch):
+    """Of one that is written and one that waits for it: the disk is slower here."""
 
-    def run(m3, texts, plan, **more):
-        then(texts)
-        return (np.ones((len(texts), megabytes * 2**18 // max(1, len(texts))), np.float32), None, None), 0
+    def run(m3, parts, plan, *, deliver, taken_in):
+        for key, texts in parts:
+            deliver(key, (np.ones((len(texts), 2**18), np.float32), None, None), 0)
 
     monkeypatch.setattr(corpus, "run", run)
-
-
-def test_memory_is_that_of_two_shards(m3, tmp_path, monkeypatch):
-    fake(m3, monkeypatch, 4)
     m3jax.encode_to(tmp_path / "first", m3, ["a"] * 8, sparse=False, shard_texts=4)
     tracemalloc.start()
     try:
@@ -300,16 +304,21 @@ def test_memory_is_that_of_two_shards(m3, tmp_path, monkeypatch):
 
 
 def test_a_shard_is_written_while_the_next_is_encoded(m3, tmp_path, monkeypatch):
-    write, encoding = shards.write_shard, threading.Event()
+    write, put, encoded = shards.write_shard, corpus._Writer.put, threading.Event()
 
     def waits(directory, index, rows, **more):
         assert threading.current_thread() is not threading.main_thread()
         if index == 0:
-            assert encoding.wait(60)
+            assert encoded.wait(60)
         return write(directory, index, rows, **more)
 
+    def came(writer, group, *given):
+        if group.index == 1:
+            encoded.set()
+        put(writer, group, *given)
+
     monkeypatch.setattr(shards, "write_shard", waits)
-    fake(m3, monkeypatch, then=lambda texts: encoding.set() if texts == TEXTS[5:10] else None)
+    monkeypatch.setattr(corpus._Writer, "put", came)
     assert len(m3jax.encode_to(tmp_path / "x", m3, TEXTS, sparse=False, shard_texts=5)) == 23
 
 
@@ -356,7 +365,11 @@ if mode == "together":
     params = jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)), m3.params)
     m3 = m3jax.M3(m3.config, params, m3.tokenizer)
 encoded, run, written, write = [], corpus.run, [], shards.write_shard
-corpus.run = lambda m3, some, *more, **how: (encoded.append(texts.index(some[0]) // 5), run(m3, some, *more, **how))[1]
+
+def watched(m3, parts, *more, **how):
+    run(m3, ((encoded.append(texts.index(some[0]) // 5), (key, some))[1] for key, some in parts), *more, **how)
+
+corpus.run = watched
 shards.write_shard = lambda directory, index, *rest, **more: (written.append(index), write(directory, index, *rest, **more))
 got = m3jax.encode_to(directory, m3, texts, shard_texts=5, colbert=True)
 print(len(got), encoded, written)
@@ -371,8 +384,8 @@ def test_two_processes(m3, tmp_path, mode):
     m3jax.save(m3, tmp_path / "model")
     (tmp_path / "texts").write_text("\n".join(texts))
     expected = files(Path(encode_whole(m3, tmp_path / "whole", texts)))
-    with pytest.raises(KeyboardInterrupt):
-        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 8, KeyboardInterrupt), shard_texts=5, colbert=True)
+    with pytest.raises(OSError):
+        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 8, OSError), shard_texts=5, colbert=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

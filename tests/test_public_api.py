@@ -49,6 +49,7 @@ def test_type_checkers_see_the_same_names():
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.asname: node.module for node in block.body for alias in node.names}
     assert seen == {name: f"m3jax.{home}" for name, home in m3jax._HOME.items()}
+    assert sorted(m3jax.__all__) == sorted(m3jax._HOME)
 
 
 @pytest.mark.parametrize(

@@ -86,16 +86,10 @@ class M3jax(Contestant):
 
     def padding_share(self, lengths: list[int]) -> float:
         """Positions that the device computes for nothing, of all that it computes."""
-        from m3jax import batching, encoding, forward
+        from m3jax import encoding, forward
 
         rows, groups = encoding._ROWS[forward.backend(self.m3.params)], forward.row_groups(self.m3.params)
-        batches = batching.pack(
-            lengths,
-            batch_tokens=rows.batch_tokens * groups,
-            row_length=rows.row_length,
-            step=rows.step,
-            row_multiple=groups,
-        )
+        batches = rows.pack(lengths, None, groups)
         return 1 - sum(lengths) / sum(count * length for count, length in (batch.shape for batch in batches))
 
     def host_and_device(self, texts: list[str], repeats: int) -> list[tuple[float, float, float]]:

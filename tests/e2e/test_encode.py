@@ -5,9 +5,11 @@ Not here: what one process on one device gives (../test_encoding.py).
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -95,6 +97,53 @@ def test_two_processes(model, texts, expected, tmp_path):
         for name in ("4x1x1", "2x2x1"):
             assert_same(tmp_path / str(index) / f"{name}.npz", expected)
         assert_same(tmp_path / str(index) / "local.npz", expected[np.arange(index, len(texts), 2)])
+
+
+LONG_BATCHES = """
+import sys, m3jax
+from m3jax import __main__, encoding
+model, texts, out, by = sys.argv[1:]
+forward = encoding.forward
+
+def told(*args):
+    results = forward(*args)
+    if args[2].ids.shape[1] > 1000:
+        print("a batch is at work", flush=True)
+    return results
+
+encoding.forward = told
+if by == "encode":
+    m3jax.encode(m3jax.load(model), open(texts).read().splitlines())
+else:
+    __main__.main(["encode", model, texts, out, "--shard-texts", "1"])
+"""
+
+
+@pytest.mark.parametrize("by", ["encode", "encode_to"])
+def test_a_process_ends_at_once_when_interrupted(tiny_tokenizer, tmp_path, by):
+    """While batches are at work that take many times as long, in more layers than XLA lets wait on CPU."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 24, "num_attention_heads": 8, "intermediate_size": 128}
+    m3jax.save(random_model(tiny_tokenizer, **sizes, colbert_dim=8), tmp_path / "model")
+    (tmp_path / "texts").write_text("\n".join(["the fox", *["a " * 8000] * 20]))
+    arguments = [sys.executable, "-c", LONG_BATCHES, *(str(tmp_path / name) for name in ("model", "texts", "out")), by]
+    running = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert running.stdout.readline() == "a batch is at work\n", running.stderr.read()
+        time.sleep(1)
+        assert running.poll() is None
+        start = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        out, error = running.communicate(timeout=120)
+        assert time.monotonic() - start < 6  # one batch took 36 s on busy cores, this 2 s
+    finally:
+        running.kill()
+    assert "terminate" not in error and "FATAL" not in error
+    if by == "encode":
+        assert running.returncode == -signal.SIGINT and error.splitlines()[-1] == "KeyboardInterrupt"
+    else:
+        assert running.returncode == 130 and error.splitlines()[-1].startswith("interrupted; the same command goes on")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "shard-00000000"}
+    assert out == ""  # no other was begun
 
 
 ENCODE = """

@@ -11,16 +11,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from m3jax import encoding, forward
-from m3jax.batching import arrange, pack
+from m3jax.batching import arrange
 from m3jax.config import M3Config
 from m3jax.model import cast, shapes
 from m3jax.sharding import BATCH
 
 CONFIG = M3Config.bge_m3()
 MEMORY = {"v5e": 16, "v6e": 32}  # GB a device
-# Tokens of the texts of tests/benchmarks/encode.py's mixes, and how many of them. More documents would be compiled in more of
-# the 40 lengths from 1024 to 8192.
-MIXES = {"queries": (5, 40, 4000), "passages": (50, 400, 2000), "documents": (1000, 8192, 24)}
+# Tokens of the texts of tests/benchmarks/encode.py's mixes, and how many of them.
+MIXES = {"queries": (5, 40, 4000), "passages": (50, 400, 2000), "documents": (1000, 8192, 300)}
 COLLECTIVE = re.compile(r"\b(?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
@@ -28,14 +27,7 @@ def used(mix: str, devices: int) -> list[tuple[int, int, int]]:
     """(rows, length, texts a row) of the batches of a mix, as encode packs them for TPUs."""
     low, high, count = MIXES[mix]
     lengths = np.random.default_rng(0).integers(low, high + 1, count)
-    rows = encoding._ROWS["tpu"]
-    packings = pack(
-        lengths,
-        batch_tokens=rows.batch_tokens * devices,
-        row_length=rows.row_length,
-        step=rows.step,
-        row_multiple=devices,
-    )
+    packings = encoding._ROWS["tpu"].pack(lengths, None, devices)
     batches = (
         arrange(packing, [np.zeros(lengths[text], np.int32) for text in packing.texts], 1) for packing in packings
     )
