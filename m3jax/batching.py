@@ -48,11 +48,12 @@ def pack(
     """Batches of full rows, longest texts first, that hold every text once and about `batch_tokens` ids each.
 
     A batch's rows are as long as its longest text needs (`bucket_length` in `step`s), but at least `row_length`, or what all
-    texts that are left need together, so that one short query is computed alone. For a text of more, rows have one of the lengths `longer_rows` where these are given, that which costs the least for what it holds: few
-    shapes are compiled. Each row takes the longest text that is left, then of the others always the longest that still fits
-    (best-fit decreasing), so that texts of like length meet and short ones fill what is left. Its number of rows is a multiple
-    of `row_multiple` (the devices that rows are split over): of the full batch `batch_tokens // length`, and at the end of the
-    texts one of few. A text that alone exceeds the budget is a row of its own. ValueError for a number below 1.
+    texts that are left need together, so that one short query is computed alone. For a text of more, rows have one of the
+    lengths `longer_rows` where these are given, that which costs the least for what it holds: few shapes are compiled. Each
+    row takes the longest text that is left, then of the others always the longest that still fits (best-fit decreasing), so
+    that texts of like length meet and short ones fill what is left. Its number of rows is a multiple of `row_multiple` (the
+    devices that rows are split over): of the full batch `batch_tokens // length`, and at the end of the texts one of few. A
+    text that alone exceeds the budget is a row of its own. ValueError for a number below 1.
 
     >>> [(p.texts.tolist(), p.starts.tolist(), p.shape) for p in pack([5, 30, 9, 26], batch_tokens=64)]
     [([1, 3, 0], [0, 0, 26], (2, 32)), ([2], [0], (1, 16))]
