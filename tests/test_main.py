@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -179,7 +180,9 @@ def test_warnings_are_one_line(model, tmp_path, capsys):
 def test_interrupted_and_called_again(model, tmp_path):
     """The program as a process, with Ctrl-C while it waits for stdin."""
     command = [sys.executable, "-m", "m3jax", "encode", model, "-", str(tmp_path / "out"), "--shard-texts", "2"]
-    running = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    # What runs in a shell's background ignores Ctrl-C, and so would its children.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heeds)
     running.stdin.write("".join(f"{text}\n" for text in TEXTS[:5]).encode())
     running.stdin.flush()
     deadline = time.monotonic() + 300

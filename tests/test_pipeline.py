@@ -119,17 +119,6 @@ def test_the_longest_query_of_all_processes_makes_the_shape():
     assert held[0] != held[1]
 
 
-def test_the_rows_of_a_step_are_found_in_their_file(source):
-    made = Batches(source, seed=3, groups=GROUPS, group_size=4, pad_id=1)
-    assert sum(made.sizes) == len(source) == 47 and min(made.sizes) > 0
-    for step in range(12):
-        group, places = made.places(step)
-        assert len(places) == group.batch_size and group in GROUPS
-        lines = [int(place.rpartition("rows.jsonl:")[2]) for place in places]
-        queries = [tuple(row.query.tolist()) for row in source.rows([line - 1 for line in lines])]
-        assert queries == unpadded(made[step].query_ids, made[step].query_mask)
-
-
 def test_rows_are_query_positive_negatives(source):
     rows = {tuple(row.query.tolist()): row for row in source.rows(range(len(source)))}
     all_positives = {tuple(k) for row in rows.values() for k in row.identity[: row.positives].tolist()}

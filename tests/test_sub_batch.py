@@ -78,7 +78,8 @@ from train.step import loss_and_parts
 from train.sub_batch import SubBatches, encode_in
 
 assert jax.device_count() == 8
-model = M3Config.tiny(num_hidden_layers=2, hidden_size=32, intermediate_size=64, vocab_size=40, colbert_dim=8)
+jax.config.update("jax_disable_most_optimizations", True)  # of the compiler: the same mathematics and the same split
+model = M3Config.tiny(num_hidden_layers=1, hidden_size=32, intermediate_size=64, vocab_size=40, colbert_dim=8)
 params = init(model, jax.random.key(0))
 settings = base.get_config()
 settings.update(dropout=0.2, temperature=0.1, remat="none")
@@ -109,7 +110,7 @@ def run(mesh, parts):
 
 one, one_gradients = run(make_mesh(devices=jax.devices()[:1]), SubBatches(1, 1))
 scale = max(np.abs(x).max() for x in jax.tree.leaves(one_gradients))
-for sizes, parts in (((1, 1, 1), (4, 8)), ((8, 1, 1), (1, 1)), ((8, 1, 1), (2, 4)), ((2, 2, 2), (2, 4))):
+for sizes, parts in (((1, 1, 1), (4, 8)), ((8, 1, 1), (2, 4)), ((2, 2, 2), (2, 4))):
     count = sizes[0] * sizes[1] * sizes[2]
     value, gradients = run(make_mesh(*sizes, devices=jax.devices()[:count]), SubBatches(*parts))
     np.testing.assert_allclose(value, one, rtol=1e-5)

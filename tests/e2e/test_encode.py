@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -126,7 +127,15 @@ def test_a_process_ends_at_once_when_interrupted(tiny_tokenizer, tmp_path, by):
     m3jax.save(random_model(tiny_tokenizer, **sizes, colbert_dim=8), tmp_path / "model")
     (tmp_path / "texts").write_text("\n".join(["the fox", *["a " * 8000] * 20]))
     arguments = [sys.executable, "-c", LONG_BATCHES, *(str(tmp_path / name) for name in ("model", "texts", "out")), by]
-    running = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        arguments,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What runs in a shell's background ignores Ctrl-C, and so would its children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert running.stdout.readline() == "a batch is at work\n", running.stderr.read()
         time.sleep(1)

@@ -31,7 +31,7 @@ import train.data.cldr
 import train.evaluate
 import train.loop
 import train.main as program
-from tests.small_run import FUNCTIONS, SIZES, small_config, write, write_set
+from tests.small_run import FUNCTIONS, SIZES, TRAINING, small_config, write, write_set
 from train.example import worked_example
 from train.sub_batch import ONE_PASS
 

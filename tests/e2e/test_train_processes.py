@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,8 +35,11 @@ def flags(data, output, **changes):
     return [f"--config.{key}={value}" for key, value in keys.items()]
 
 
-def start(arguments, devices):
+def start(data, arguments, devices):
     variables = {
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(data / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -59,7 +63,7 @@ def on_two(data, output, **changes):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = [flags(data, output, distributed=f"127.0.0.1:{port},2,{index}", **changes) for index in (0, 1)]
-    return finished(*(start(one, devices=2) for one in given))
+    return finished(*(start(data, one, devices=2) for one in given))
 
 
 def losses(output):
@@ -77,13 +81,19 @@ def assert_same(one, other):
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "run"
-    finished(start(flags(data, output), devices=1))
+    finished(start(data, flags(data, output), devices=1))
     return output
 
 
-def test_two_processes_train_as_one(data, alone, tmp_path):
-    output = tmp_path / "run"
-    first, second = on_two(data, output, **{"mesh.fsdp": 2})
+@pytest.fixture(scope="module")
+def on_both(data, tmp_path_factory):
+    """The folder of a run on two processes, and what each of them said."""
+    output = tmp_path_factory.mktemp("both") / "run"
+    return output, on_two(data, output, **{"mesh.fsdp": 2})
+
+
+def test_two_processes_train_as_one(on_both, alone):
+    output, (first, second) = on_both
     assert_same(losses(output), losses(alone))
     assert "compiling for 4 queries" in first and "report" in first and not second.strip()
     assert {path.name for path in output.iterdir()} == {path.name for path in alone.iterdir()} | {"log-1.txt"}
@@ -92,15 +102,14 @@ def test_two_processes_train_as_one(data, alone, tmp_path):
     np.testing.assert_allclose(*given, atol=1e-4)
 
 
-def test_what_two_began_one_ends_and_the_reverse(data, alone, tmp_path):
+def test_what_two_began_one_ends_and_the_reverse(data, on_both, alone, tmp_path):
     """The last checkpoint is taken away, as after a kill; other processes and another mesh go on."""
-    output = tmp_path / "run"
-    on_two(data, output)
-    (output / "checkpoints/4").rename(tmp_path / "4")
-    (said,) = finished(start(flags(data, output), devices=1))
+    output = shutil.copytree(on_both[0], tmp_path / "run")
+    shutil.rmtree(output / "checkpoints/4")
+    (said,) = finished(start(data, flags(data, output), devices=1))
     assert "going on after step 2" in said
     assert_same(losses(output), losses(alone))
-    (output / "checkpoints/4").rename(tmp_path / "4 again")
-    said, _ = on_two(data, output, **{"mesh.data": 2, "mesh.fsdp": 1, "mesh.tensor": 2})
+    shutil.rmtree(output / "checkpoints/4")
+    said, _ = on_two(data, output, **{"mesh.data": 2, "mesh.tensor": 2})
     assert "going on after step 2" in said
     assert_same(losses(output), losses(alone))
