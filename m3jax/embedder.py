@@ -123,7 +123,8 @@ def encode(
     Texts are tokenised, computed and taken in beside each other. Where the parameters lie on a mesh (`load` puts them on all
     devices of the process), rows are split over it. Under jax.distributed, parameters on a mesh of several processes mean that
     all processes pass the same texts and get all rows; otherwise each encodes what it is given. On such a mesh a batch that
-    does not fit is not halved: JAX's error comes through in the process where it happened, with a note on what to do.
+    does not fit is not halved: JAX's error comes through in the process where it happened, with a note on what to do, and
+    JAX ends the others once that process has ended, within its shutdown timeout of 5 minutes.
 
     A text has the same numbers alone, in any batch and at any place: within 1e-5 in float32. In bfloat16, of models from width
     256 on, dense and colbert vectors have a cosine above 1 − 1e-4 and lexical weights are within 2% of the largest, from batch
