@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+import sys
 import tempfile
 
 # Before anything imports JAX: no test writes into the user's cache folder (nor matplotlib its fonts), and each compiles for
@@ -29,6 +30,14 @@ LINES = [
     "what is the capital of france paris is the capital of france where does the fox live in the forest of stories",
     "der schnelle braune fuchs springt la ville de paris est belle",
     "東京 は 日本 の 首都 です Москва столица России",
+]
+
+# Put before the command of a process that is to be interrupted: what runs in a shell's background ignores Ctrl-C, and so would
+# its children.
+HEEDING = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
 ]
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +17,7 @@ import pytest
 import m3jax
 from m3jax import __main__ as program
 from m3jax import shards
+from tests.conftest import HEEDING
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["the fox", "", "a cat", " 東京 は\t日本", "the the", "a\u2028b\x0cc", "last"]
@@ -180,9 +180,7 @@ def test_warnings_are_one_line(model, tmp_path, capsys):
 def test_interrupted_and_called_again(model, tmp_path):
     """The program as a process, with Ctrl-C while it waits for stdin."""
     command = [sys.executable, "-m", "m3jax", "encode", model, "-", str(tmp_path / "out"), "--shard-texts", "2"]
-    # What runs in a shell's background ignores Ctrl-C, and so would its children.
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    running = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heeds)
+    running = subprocess.Popen([*HEEDING, *command], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     running.stdin.write("".join(f"{text}\n" for text in TEXTS[:5]).encode())
     running.stdin.flush()
     deadline = time.monotonic() + 300

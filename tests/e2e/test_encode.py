@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 
 import m3jax
-from tests.conftest import LINES
+from tests.conftest import HEEDING, LINES
 from tests.random_model import random_model
 
 ROOT = Path(__file__).parents[2]
@@ -128,13 +127,7 @@ def test_a_process_ends_at_once_when_interrupted(tiny_tokenizer, tmp_path, by):
     (tmp_path / "texts").write_text("\n".join(["the fox", *["a " * 8000] * 20]))
     arguments = [sys.executable, "-c", LONG_BATCHES, *(str(tmp_path / name) for name in ("model", "texts", "out")), by]
     running = subprocess.Popen(
-        arguments,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What runs in a shell's background ignores Ctrl-C, and so would its children.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        [*HEEDING, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert running.stdout.readline() == "a batch is at work\n", running.stderr.read()

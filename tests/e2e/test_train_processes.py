@@ -55,7 +55,7 @@ def finished(*processes):
     for process, (out, error) in zip(processes, done, strict=True):
         assert process.returncode == 0, out[-2000:] + error[-3000:]
     # Gloo, which carries what CPUs send each other, says on stdout that it is there.
-    return ["".join(line for line in out.splitlines(True) if "[Gloo]" not in line) for out, _ in done]
+    return ["".join(line for line in out.splitlines(True) if "peer ranks" not in line) for out, _ in done]
 
 
 def on_two(data, output, **changes):
