@@ -152,7 +152,9 @@ def test_killed_it_goes_on_with_another_mesh(start, killed, whole, tmp_path):
     assert f"going on after step {saved(killed)[-1]}\n" in said and "on 4 devices" in said
     assert [row["step"] for row in lines(run)] == list(range(1, STEPS + 1))
     for found, expected in zip(numbers(run), numbers(whole), strict=True):
-        assert found == pytest.approx(expected, rel=1e-3), found["step"]
+        # Rounding is another one on each mesh, and each step starts from what the one before made of it.
+        soon = found["step"] <= saved(killed)[-1] + 10
+        assert found == pytest.approx(expected, rel=1e-3 if soon else 1e-2), found["step"]
         assert ("distill/dense" in found) == (found["step"] > DISTILL)
 
 
