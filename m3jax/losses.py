@@ -77,10 +77,7 @@ def distillation(
     Array(0.6931472, dtype=float32)
     """
     target = jnp.exp(_log_softmax(jax.lax.stop_gradient(teacher), temperature, allowed))
-    logs = _log_softmax(student, temperature, allowed)
-    if allowed is not None:
-        logs = jnp.where(allowed, logs, 0.0)  # 0 · -inf is NaN
-    return -(target * logs).sum(axis=1).mean()
+    return _cross_entropy(target, student, temperature, allowed)
 
 
 def group_distillation(
@@ -100,8 +97,7 @@ def group_distillation(
     """
     target, scored = _targets(teacher, teacher_temperature)
     own = jnp.take_along_axis(student, _columns(teacher, positives), axis=1)
-    logs = jnp.where(scored, _log_softmax(own, temperature, scored), 0.0)
-    return -(target * logs).sum(axis=1).mean()
+    return _cross_entropy(target, own, temperature, scored)
 
 
 def sequential_distillation(
@@ -200,6 +196,14 @@ def _targets(teacher: Array, temperature: float | Array) -> tuple[Array, Array]:
 def _columns(teacher: Array, positives: Array) -> Array:
     """The columns of each row's group, [b, g]."""
     return positives[:, None] + jnp.arange(teacher.shape[1])
+
+
+def _cross_entropy(target: Array, student: Array, temperature: float | Array, allowed: Array | None) -> Array:
+    """− mean over rows of Σ target · log softmax(student / temperature) over the allowed columns."""
+    logs = _log_softmax(student, temperature, allowed)
+    if allowed is not None:
+        logs = jnp.where(allowed, logs, 0.0)  # 0 · -inf is NaN
+    return -(target * logs).sum(axis=1).mean()
 
 
 def _log_softmax(scores: Array, temperature: float | Array, allowed: Array | None) -> Array:

@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports JAX: no test writes into the user's cache folder (nor matplotlib its fonts), and each compiles for
 # itself; e2e/test_encode.py turns that on again.
@@ -17,13 +19,14 @@ import tokenizers
 from jaxtyping import install_import_hook
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+if TYPE_CHECKING:
+    from m3jax.tokenization import Tokenizer
+
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Every call of the mathematics is checked against the shapes in its signature; before anything imports it.
 _MATHEMATICS = ("attention", "heads", "kernels", "losses", "model", "scores", "xlm_roberta")
 install_import_hook([f"m3jax.{name}" for name in _MATHEMATICS], "beartype.beartype")
-
-from m3jax.tokenization import Tokenizer  # noqa: E402 (after the hook)
 
 LINES = [
     "the quick brown fox jumps over a lazy dog and the small cat sees a red house near the old river",
@@ -60,8 +63,10 @@ def tiny_tokenizer_json() -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(tiny_tokenizer_json: str) -> Tokenizer:
+def tiny_tokenizer(tiny_tokenizer_json: str) -> "Tokenizer":
     """The `Tokenizer` of `tiny_tokenizer_json`, about 120 ids."""
+    from m3jax.tokenization import Tokenizer  # here, as in all tests, after the hook
+
     return Tokenizer.from_json(tiny_tokenizer_json)
 
 
@@ -94,3 +99,13 @@ def task_folder(tmp_path):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / name).write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_json: str) -> Path:
+    """A folder with the rows, evaluation sets and tokenizer of a run that takes seconds (small_run.py)."""
+    from tests.small_run import write_set
+
+    directory = tmp_path_factory.mktemp("data")
+    write_set(directory, tiny_tokenizer_json)
+    return directory

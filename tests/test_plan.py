@@ -18,7 +18,7 @@ import train.main as program
 import train.plan
 import train.start
 from m3jax.sharding import make_mesh
-from tests.small_run import small_config, write_set
+from tests.small_run import small_config
 from train.compiled import bytes_of
 from train.data.pipeline import prefetch
 from train.flops import step_flops
@@ -32,15 +32,8 @@ SETTINGS = {"passage_max_length": 15, "length_groups": ((14, 3), (16, 2)), "step
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, tiny_tokenizer_json):
-    directory = tmp_path_factory.mktemp("data")
-    write_set(directory, tiny_tokenizer_json)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def config(data, tmp_path_factory):
-    return small_config(data, tmp_path_factory.mktemp("runs") / "planned", plan_only=True, **SETTINGS)
+def config(small_data, tmp_path_factory):
+    return small_config(small_data, tmp_path_factory.mktemp("runs") / "planned", plan_only=True, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +44,17 @@ def planned(config):
         return train.loop.train(config)
 
 
-def texts(data):
+def texts(small_data):
     """Token ids of each query, and of each row's passages, whole."""
-    tokenizer = m3jax.Tokenizer.from_file(str(data / "tokenizer.json"))
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    tokenizer = m3jax.Tokenizer.from_file(str(small_data / "tokenizer.json"))
+    rows = [json.loads(line) for line in (small_data / "train.jsonl").read_text().splitlines()]
     queries = [len(tokenizer.encode([row["query"]])[0][0]) for row in rows]
     passages = [[len(ids) for ids in tokenizer.encode(row["pos"] + row["neg"])[0]] for row in rows]
     return np.array(queries), np.array(passages)
 
 
-def test_rows_lengths_and_cuts(planned, data):
-    queries, passages = texts(data)
+def test_rows_lengths_and_cuts(planned, small_data):
+    queries, passages = texts(small_data)
     cut = (passages > 15).sum()
     assert cut > 0 and planned["counts"]["passages_cut"] == cut and planned["counts"]["queries_cut"] == 0
     longest = np.minimum(passages, 15).max(axis=1)
@@ -72,8 +65,8 @@ def test_rows_lengths_and_cuts(planned, data):
     }
 
 
-def test_groups(planned, data):
-    queries, passages = texts(data)
+def test_groups(planned, small_data):
+    queries, passages = texts(small_data)
     longest = np.maximum(np.minimum(passages, 15).max(axis=1), queries)
     short, long = planned["groups"]
     assert [group["rows"] for group in (short, long)] == [(longest <= 14).sum(), (longest > 14).sum()]
@@ -100,7 +93,7 @@ def test_memory_and_work_are_those_of_the_run(planned, config):
     assert planned["checkpoint"] == sum(x.nbytes for x in jax.tree.leaves(state)) and planned["checkpoints"] == 3
 
 
-def test_what_a_person_sees(planned, config, data, capsys):
+def test_what_a_person_sees(planned, config, small_data, capsys):
     numbers = planned | {"rate": 1e9, "devices": 8, "device": "TPU v5e", "dtype": "bfloat16", "checkpoint": 6.8e9}
     groups = [
         {
@@ -143,19 +136,21 @@ def test_it_leaves_no_run(planned, config, tmp_path, monkeypatch, capfd):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_refuses_what_the_run_would(data, tmp_path):
+def test_a_plan_refuses_what_the_run_would(small_data, tmp_path):
     with pytest.raises(ValueError, match="rows, fewer than its batch_size 13"):
-        train.loop.train(small_config(data, tmp_path / "run", plan_only=True, length_groups=((16, 13),)))
+        train.loop.train(small_config(small_data, tmp_path / "run", plan_only=True, length_groups=((16, 13),)))
     with pytest.raises(ValueError, match="learning_rate"):
-        train.loop.train(small_config(data, tmp_path / "run", plan_only=True, learning_rate=-1.0))
+        train.loop.train(small_config(small_data, tmp_path / "run", plan_only=True, learning_rate=-1.0))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_to_start_from_is_not_read(data, tmp_path, monkeypatch):
+def test_a_model_to_start_from_is_not_read(small_data, tmp_path, monkeypatch):
     """Of a released directory the names of files' tensors, of a checkpoint not even these."""
-    first = start_model(small_config(data, tmp_path))
+    first = start_model(small_config(small_data, tmp_path))
     m3jax.save(first, tmp_path / "released")
     monkeypatch.setattr(train.start.sources, "read", lambda *_, **__: pytest.fail("it was read"))
-    found = start_model(small_config(data, tmp_path, init_from=str(tmp_path / "released"), tokenizer=""), values=False)
+    found = start_model(
+        small_config(small_data, tmp_path, init_from=str(tmp_path / "released"), tokenizer=""), values=False
+    )
     assert found.config == first.config and found.tokenizer.json == first.tokenizer.json
     assert {type(x) for x in jax.tree.leaves(found.params)} == {jax.ShapeDtypeStruct}

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
 pytest.importorskip("tensorboardX", reason="training needs the train extra")
 
-from tests.small_run import SIZES, TRAINING, write_set
+from tests.small_run import SIZES, TRAINING
 
 ROOT = Path(__file__).parents[2]
 STEPS, DISTILL = 40, 20
@@ -38,12 +38,11 @@ DISTRIBUTED = [
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, tiny_tokenizer_json):
+def start(small_data):
     """start(run, key=value, …): the process that trains into `run`; the same run is the same command."""
-    data = tmp_path_factory.mktemp("data")
-    write_set(data, tiny_tokenizer_json)
-    paths = {"tokenizer": data / "tokenizer.json", "data.train": data / "train.jsonl", "data.folder": data / "prepared"}
-    cache = {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_COMPILATION_CACHE_DIR": str(data / "cache")}
+    paths = {"tokenizer": small_data / "tokenizer.json", "data.train": small_data / "train.jsonl"}
+    paths |= {"data.folder": small_data / "prepared"}
+    cache = {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_COMPILATION_CACHE_DIR": str(small_data / "cache")}
     cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     started = []
 

@@ -44,18 +44,11 @@ _COMPILED_IN = (
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, tiny_tokenizer_json):
-    directory = tmp_path_factory.mktemp("data")
-    write_set(directory, tiny_tokenizer_json)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def configured(data):
+def configured(small_data):
     """configured(output, key=value, …): base.py at small sizes, on `data`."""
 
     def make(output, **changes):
-        return small_config(data, output, **changes)
+        return small_config(small_data, output, **changes)
 
     return make
 
@@ -137,7 +130,7 @@ def test_metrics(ran):
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
-def test_results(ran, data):
+def test_results(ran, small_data):
     run, results = ran
     assert json.loads((run / "results.json").read_text()) == json.loads(json.dumps(results))
     found = [(one["name"], one["model"], tuple(one["scores"])) for one in results["evaluations"]]
@@ -150,7 +143,7 @@ def test_results(ran, data):
     example = results["example"]
     assert example["language"] == "Swahili" and set(example["tops"]) == {"bm25", *FUNCTIONS}
     assert all(len(example["tops"][function]) == 3 for function in ("dense", "colbert", "all"))
-    assert results["config"]["data"]["train"] == str(data / "train.jsonl")
+    assert results["config"]["data"]["train"] == str(small_data / "train.jsonl")
     assert results["parameters"] == sum(x.size for x in jax.tree.leaves(m3jax.load(run / "model").params))
     assert results["seconds"]["total"] == pytest.approx(
         sum(value for name, value in results["seconds"].items() if name != "total"), abs=0.5
@@ -256,18 +249,18 @@ def test_a_finished_run_trains_no_more(ran, configured, steps, monkeypatch):
     assert measured == ["test", "test-unseen"]  # the untrained model is not measured a second time
 
 
-def test_other_test_sets_are_measured_untrained_too(ran, configured, data, tmp_path):
+def test_other_test_sets_are_measured_untrained_too(ran, configured, small_data, tmp_path):
     run = shutil.copytree(ran[0], tmp_path / "run")
-    results = train.loop.train(configured(run, **{"data.test": str(data / "test-unseen")}))
+    results = train.loop.train(configured(run, **{"data.test": str(small_data / "test-unseen")}))
     found = [(one["name"], one["model"]) for one in results["evaluations"]]
     assert found == [("test-unseen", "trained"), ("test-unseen", "untrained")]
     assert results["evaluations"] == [one for one in ran[1]["evaluations"] if one["name"] == "test-unseen"]
     # The same folder with other judgements is another test set.
-    judged = data / "test-unseen" / "test_qrels.jsonl"
+    judged = small_data / "test-unseen" / "test_qrels.jsonl"
     before = judged.read_text()
     judged.write_text(before.replace('"p0"', '"p7"'))
     try:
-        again = train.loop.train(configured(run, **{"data.test": str(data / "test-unseen")}))
+        again = train.loop.train(configured(run, **{"data.test": str(small_data / "test-unseen")}))
     finally:
         judged.write_text(before)
     assert [one["scores"] for one in again["evaluations"]] != [one["scores"] for one in results["evaluations"]]
@@ -298,11 +291,11 @@ def test_an_interrupted_run_goes_on(ran, configured, steps, tmp_path, at):
     assert sorted(metrics(tmp_path / "run", timeless=True), key=lambda row: (row["step"], "loss" in row)) == in_order
 
 
-def test_datasets_types_and_a_teacher(data, configured, tmp_path):
+def test_datasets_types_and_a_teacher(small_data, configured, tmp_path):
     """Two datasets, one without in-batch negatives and with scores; what the keys say arrives at the batches and the loss."""
-    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (small_data / "train.jsonl").read_text().splitlines()]
     scored = [row | {"type": "only_1neg", "pos_scores": [2.0], "neg_scores": [1.0]} for row in rows[:8]]
-    sets = (data / "train.jsonl", write(tmp_path / "scored_no_in_batch_neg.jsonl", scored))
+    sets = (small_data / "train.jsonl", write(tmp_path / "scored_no_in_batch_neg.jsonl", scored))
     changes = {
         **{"data.train": ",".join(map(str, sets)), "data.weights": (1.0, 3.0), "data.test": "", "data.dev": ""},
         **{"objective": "v1", "teacher": "sequential", "shuffle_segments": 0.5, "steps": 6, "distill_start": 0},
@@ -412,10 +405,10 @@ def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path):
     ],
     ids=["not JSON", "no field", "empty", "type"],
 )
-def test_bad_rows_end_a_run_before_it_starts(data, configured, steps, tmp_path, line, message):
+def test_bad_rows_end_a_run_before_it_starts(small_data, configured, steps, tmp_path, line, message):
     steps.before = lambda state: pytest.fail("a step on bad rows")
     path = tmp_path / "rows.jsonl"
-    path.write_text((data / "train.jsonl").read_text() + line + "\n")
+    path.write_text((small_data / "train.jsonl").read_text() + line + "\n")
     with pytest.raises(ValueError) as error:
         train.loop.train(configured(tmp_path / "run", **{"data.train": str(path)}))
     assert f"{path}:13: " in str(error.value) and message in str(error.value)

@@ -15,30 +15,25 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 import numpy as np
 
 import m3jax
-from tests.small_run import SIZES, TRAINING, write_set
+from tests.small_run import SIZES, TRAINING
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, tiny_tokenizer_json):
-    directory = tmp_path_factory.mktemp("data")
-    write_set(directory, tiny_tokenizer_json)
-    return directory
-
-
-def flags(data, output, **changes):
+def flags(small_data, output, **changes):
     keys = {f"model.{name}": value for name, value in SIZES.items()} | TRAINING
-    keys |= {"tokenizer": data / "tokenizer.json", "output": output, "data.folder": output.parent / "prepared"}
-    keys |= {f"data.{name}": data / path for name, path in (("train", "train.jsonl"), ("dev", "dev"), ("test", "test"))}
+    keys |= {"tokenizer": small_data / "tokenizer.json", "output": output, "data.folder": output.parent / "prepared"}
+    keys |= {
+        f"data.{name}": small_data / path for name, path in (("train", "train.jsonl"), ("dev", "dev"), ("test", "test"))
+    }
     keys |= {"dropout": 0.1, "example.language": "Swahili"} | changes
     return [f"--config.{key}={value}" for key, value in keys.items()]
 
 
-def start(data, arguments, devices):
+def start(small_data, arguments, devices):
     variables = {
         "JAX_ENABLE_COMPILATION_CACHE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(data / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(small_data / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -58,12 +53,12 @@ def finished(*processes):
     return ["".join(line for line in out.splitlines(True) if "peer ranks" not in line) for out, _ in done]
 
 
-def on_two(data, output, **changes):
+def on_two(small_data, output, **changes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = [flags(data, output, distributed=f"127.0.0.1:{port},2,{index}", **changes) for index in (0, 1)]
-    return finished(*(start(data, one, devices=2) for one in given))
+    given = [flags(small_data, output, distributed=f"127.0.0.1:{port},2,{index}", **changes) for index in (0, 1)]
+    return finished(*(start(small_data, one, devices=2) for one in given))
 
 
 def losses(output):
@@ -79,17 +74,17 @@ def assert_same(one, other):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def alone(small_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "run"
-    finished(start(data, flags(data, output), devices=1))
+    finished(start(small_data, flags(small_data, output), devices=1))
     return output
 
 
 @pytest.fixture(scope="module")
-def on_both(data, tmp_path_factory):
+def on_both(small_data, tmp_path_factory):
     """The folder of a run on two processes, and what each of them said."""
     output = tmp_path_factory.mktemp("both") / "run"
-    return output, on_two(data, output, **{"mesh.fsdp": 2})
+    return output, on_two(small_data, output, **{"mesh.fsdp": 2})
 
 
 def test_two_processes_train_as_one(on_both, alone):
@@ -102,14 +97,14 @@ def test_two_processes_train_as_one(on_both, alone):
     np.testing.assert_allclose(*given, atol=1e-4)
 
 
-def test_what_two_began_one_ends_and_the_reverse(data, on_both, alone, tmp_path):
+def test_what_two_began_one_ends_and_the_reverse(small_data, on_both, alone, tmp_path):
     """The last checkpoint is taken away, as after a kill; other processes and another mesh go on."""
     output = shutil.copytree(on_both[0], tmp_path / "run")
     shutil.rmtree(output / "checkpoints/4")
-    (said,) = finished(start(data, flags(data, output), devices=1))
+    (said,) = finished(start(small_data, flags(small_data, output), devices=1))
     assert "going on after step 2" in said
     assert_same(losses(output), losses(alone))
     shutil.rmtree(output / "checkpoints/4")
-    said, _ = on_two(data, output, **{"mesh.data": 2, "mesh.tensor": 2})
+    said, _ = on_two(small_data, output, **{"mesh.data": 2, "mesh.tensor": 2})
     assert "going on after step 2" in said
     assert_same(losses(output), losses(alone))
