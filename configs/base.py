@@ -85,8 +85,8 @@ def get_config() -> ConfigDict:
     config.distill_start = 6000  # the step at which self-distillation starts, -1 is never; PAPER §2
     config.dropout = 0.0  # on hidden states only: fused attention has none (the reference trains with 0.1 on both)
     config.dtype = "float32"  # of the matrix products: "float32" or "bfloat16"; parameters and sums are float32
-    # What the backward pass computes again of each layer, to save memory: "none", "all_but_products" (of matrices with weights)
-    # or "all", a third more work.
+    # What the backward pass computes again of each layer, to save memory: "elements" (what goes element by element),
+    # "all_but_products" (of matrices with weights: attention too) or "all", a third more work.
     config.remat = "all"
 
     # "" is one process; "auto" joins those that SLURM, Kubernetes, Open MPI or a TPU pod started, as JAX detects them;

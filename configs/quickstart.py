@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     # Most pairs share no term across languages; a tenth, the paper's share, would tune weights for the few that do.
     config.loss_weights = (1.0, 0.03, 1.0)
     config.distill_start = 100
-    config.remat = "none"
+    config.remat = "elements"
     config.evaluate_every = 260
     config.save_every = 260
     config.example.query = "*.sw.*"

@@ -37,10 +37,10 @@ def attention(
     promises one text a row, from column 0 on, for which GPUs have a faster kernel. TPU: splash, for lengths that 128 divides.
     GPU: cuDNN, or for packed rows that 64 divides Pallas, both for halves. All else: blocks of queries, in JAX.
     """
-    platform = _platform()
-    if platform == "tpu" and q.shape[1] % 128 == 0:
+    backend = platform()
+    if backend == "tpu" and q.shape[1] % 128 == 0:
         return splash(q, k, v, segments)
-    if platform == "gpu" and q.dtype.itemsize == 2 and q.shape[3] in (16, 32, 64, 128) and _gpu_has_kernels():
+    if backend == "gpu" and q.dtype.itemsize == 2 and q.shape[3] in (16, 32, 64, 128) and _gpu_has_kernels():
         if not packed:
             return cudnn(q, k, v, segments)
         if q.shape[1] % 64 == 0:
@@ -48,7 +48,7 @@ def attention(
     return _chunked(q, k, v, segments)
 
 
-def _platform() -> str:
+def platform() -> str:
     """What the program in hand is for: the platform of the mesh in context, whose devices this host need not have (a program
     can be compiled for another machine), else that of the default device."""
     config: Any = jax.config  # its attributes have no types

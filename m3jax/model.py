@@ -116,14 +116,14 @@ def apply(
     *,
     dropout: float = 0.0,
     key: Key[Array, ""] | Key[Array, "b"] | None = None,
-    remat: Remat = "none",
+    remat: Remat = "elements",
 ) -> Representations:
     """The representations of b texts, one a row: a pure function to jit, grad, vmap and shard.
 
     ids: token ids, `<s>` first, filled up with pad_token_id. mask: True at real tokens; texts start at column 0. Padding
     changes nothing. dropout (probability on hidden states) needs a key, or one a row. remat: what the backward pass computes
-    again of each layer, to save memory: "none", "all_but_products" (of matrices with weights) or "all". On a mesh, call it
-    under `jax.set_mesh`: the kernels of GPU and TPU are split by the mesh in context.
+    again of each layer, to save memory: what goes by "elements", "all_but_products" (of matrices with weights) or "all". On a
+    mesh, call it under `jax.set_mesh`: the kernels of GPU and TPU are split by the mesh in context.
     An id past the vocabulary gives NaN. Raises ValueError where l is beyond the position table.
     """
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)

@@ -3,6 +3,7 @@
 Not here: the heads (heads.py), and dropout on attention weights, which fused attention kernels do not have.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -10,12 +11,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from m3jax.attention import attention
+from m3jax.attention import attention, platform
 from m3jax.config import M3Config
 
-# What the backward pass computes again of a layer; the rest is kept. The products are those with weights, not attention's.
-Remat = Literal["none", "all_but_products", "all"]
-_KEPT = {"all_but_products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "all": None}
+# What the backward pass computes again of a layer: what goes element by element, all but the products with weights (attention
+# too), or all. To keep everything is no choice: a GELU alone would keep three float32 arrays of four times the width, for which
+# a GPU waits longer than for computing them (on two CPU cores it saves up to a tenth of the time, for 1.5 to 2.6 × the memory).
+Remat = Literal["elements", "all_but_products", "all"]
+_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_KEPT = {
+    "elements": lambda primitive, *given, **params: (
+        primitive.name in _ATTENTION or _products(primitive, *given, **params)
+    ),
+    "all_but_products": _products,
+    "all": None,
+}
+# The forward kernels of attention, whose backward kernels take what they give: as JAX names splash's, Pallas's and cuDNN's.
+_ATTENTION = {"pallas_call", "custom_vjp_call", "dot_product_attention_fwd_wrapper"}
 
 
 def positions_from_ids(ids: Int[Array, "b l"], pad_id: int) -> Int[Array, "b l"]:
@@ -30,24 +42,64 @@ def positions_from_ids(ids: Int[Array, "b l"], pad_id: int) -> Int[Array, "b l"]
     return jnp.cumsum(real, axis=1) * real + pad_id
 
 
-def _kernel_dtype(args: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    """Inputs are cast to the dtype of the kernel, and the product is accumulated in float32 (see `linear`)."""
-    inputs, kernel, bias = args
-    return inputs.astype(kernel.dtype), kernel, bias
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Float[Array, "*n i"], kernel: Float[Array, "i o"], dtype: jnp.dtype) -> Float[Array, "*n o"]:
+    """x · kernel in the kernel's dtype, sums float32, results in `dtype`.
+
+    Autodiff's own gradient would be products of float32 with halves, which GPUs and TPUs compute as float32, many times slower.
+    """
+    return _dot(x, kernel, (x.ndim - 1,), (0,), dtype)
+
+
+def _product_forward(x: Array, kernel: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    return _dot(x, kernel, (x.ndim - 1,), (0,), dtype), (x, kernel)
+
+
+def _product_backward(dtype: jnp.dtype, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    gradient = gradient.astype(kernel.dtype)
+    rows = tuple(range(x.ndim - 1))
+    to_x, to_kernel = _dot(gradient, kernel, (x.ndim - 1,), (1,), dtype), _dot(x, gradient, rows, rows, dtype)
+    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _dot(a: Array, b: Array, over_a: tuple[int, ...], over_b: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    return jax.lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=dtype)
+
+
+def _exact(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    return _product(x.astype(kernel.dtype), kernel, jnp.dtype(jnp.float32))
+
+
+def _rounded(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """The result in the kernel's dtype, but on CPU, where products of halves are fast with float32 results only."""
+    return _product(x.astype(kernel.dtype), kernel, jnp.dtype(jnp.float32 if platform() == "cpu" else kernel.dtype))
+
+
+def _as_given(given: Any, **_: Any) -> Any:
+    return given
 
 
 # std 1/√inputs is 0.03 at width 1024, near XLM-R's 0.02, with which a small model's layers would be all but off.
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
 
-def linear(inputs: int, outputs: int, rngs: nnx.Rngs, kernel_init: nnx.Initializer = _KERNEL_INIT) -> nnx.Linear:
-    """A linear layer whose matrix product runs in the kernel's dtype and whose result is float32."""
+def linear(
+    inputs: int, outputs: int, rngs: nnx.Rngs, kernel_init: nnx.Initializer = _KERNEL_INIT, *, rounded: bool = False
+) -> nnx.Linear:
+    """A linear layer whose matrix product runs in the kernel's dtype and whose result is float32.
+
+    rounded: halves in place of it before the bias is added, as GPUs and TPUs hold and move them in half the memory and time.
+    """
     return nnx.Linear(
         inputs,
         outputs,
         kernel_init=kernel_init,
-        promote_dtype=_kernel_dtype,
-        preferred_element_type=jnp.float32,
+        promote_dtype=_as_given,
+        dot_general=_rounded if rounded else _exact,
         rngs=rngs,
     )
 
@@ -93,12 +145,12 @@ class Layer(nnx.Module):
 
     def __init__(self, config: M3Config, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.q = linear(width, width, rngs)
-        self.k = linear(width, width, rngs)
-        self.v = linear(width, width, rngs)
+        self.q = linear(width, width, rngs, rounded=True)
+        self.k = linear(width, width, rngs, rounded=True)
+        self.v = linear(width, width, rngs, rounded=True)
         self.attention_out = linear(width, width, rngs)
         self.attention_norm = _layer_norm(config, rngs)
-        self.up = linear(width, config.intermediate_size, rngs)
+        self.up = linear(width, config.intermediate_size, rngs, rounded=True)
         self.down = linear(config.intermediate_size, width, rngs)
         self.output_norm = _layer_norm(config, rngs)
         self.heads = config.num_attention_heads
@@ -140,7 +192,7 @@ class Encoder(nnx.Module):
         packed: bool = True,
         dropout: float = 0.0,
         keys: Key[Array, "b"] | None = None,
-        remat: Remat = "none",
+        remat: Remat = "elements",
     ) -> Float[Array, "b l d"]:
         """Hidden states of every token, float32.
 
@@ -158,8 +210,7 @@ class Encoder(nnx.Module):
             state, layer_keys = one
             return nnx.merge(graph, state)(hidden, segments, dropout, layer_keys, packed=packed), None
 
-        if remat != "none":
-            run = jax.checkpoint(run, prevent_cse=False, policy=_KEPT[remat])
+        run = jax.checkpoint(run, prevent_cse=False, policy=_KEPT[remat])
         return jax.lax.scan(run, hidden, (stacked, None if each is None else each[1:]))[0]
 
 

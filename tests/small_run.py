@@ -42,7 +42,7 @@ TRAINING = {
     "adam_b2": 0.98,
     "temperature": 0.05,
     "distill_start": 2,
-    "remat": "none",
+    "remat": "elements",
     "log_every": 1,
     "evaluate_every": 2,
     "save_every": 2,

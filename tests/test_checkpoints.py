@@ -60,7 +60,7 @@ class Memory:
 
 def config():
     settings = base.get_config()
-    settings.update(steps=STEPS, warmup=0.2, learning_rate=1e-2, distill_start=4, dropout=0.1, remat="none")
+    settings.update(steps=STEPS, warmup=0.2, learning_rate=1e-2, distill_start=4, dropout=0.1, remat="elements")
     return settings
 
 

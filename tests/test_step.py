@@ -36,7 +36,7 @@ PARTS = ("dense", "sparse", "colbert")
 def config(**changes):
     """base.py with weights of which no two are equal, so that none can stand for another."""
     settings = base.get_config()
-    settings.update(steps=10, learning_rate=1e-2, warmup=0.0, weight_decay=0.1, temperature=0.1, remat="none")
+    settings.update(steps=10, learning_rate=1e-2, warmup=0.0, weight_decay=0.1, temperature=0.1, remat="elements")
     settings.update(hybrid_weights=(0.7, 0.4, 1.1), loss_weights=(0.9, 0.2, 1.3), **changes)
     return settings
 

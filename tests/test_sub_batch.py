@@ -82,7 +82,7 @@ jax.config.update("jax_disable_most_optimizations", True)  # of the compiler: th
 model = M3Config.tiny(num_hidden_layers=1, hidden_size=32, intermediate_size=64, vocab_size=40, colbert_dim=8)
 params = init(model, jax.random.key(0))
 settings = base.get_config()
-settings.update(dropout=0.2, temperature=0.1, remat="none")
+settings.update(dropout=0.2, temperature=0.1, remat="elements")
 random = np.random.default_rng(0)
 
 def texts(count, length):

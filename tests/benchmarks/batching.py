@@ -64,7 +64,7 @@ def mix(short: int, long: int) -> Memory:
 
 def measure(name: str, source: Memory, groups: list[LengthGroup], same_dataset: bool) -> Measured:
     config = base.get_config()
-    config.update(steps=1000, dropout=0.0, remat="none")
+    config.update(steps=1000, dropout=0.0, remat="elements")
     batches = Batches(source, seed=0, groups=groups, group_size=2, pad_id=1, same_dataset=same_dataset)
     steps = batches.order.steps_in(1)
     optimizer, mesh = make_optimizer(config), make_mesh()

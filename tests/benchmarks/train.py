@@ -179,7 +179,7 @@ def gradient_of(model: Any, case: Case, parts: Any) -> Any:
     import jax.numpy as jnp
 
     from configs import base
-    from train.step import loss_and_parts
+    from train.step import loss_and_parts, precision
 
     config = base.get_config()
     config.update(dtype=case.dtype, remat=case.remat, temperature=TEMPERATURE, dropout=0.0)
@@ -188,7 +188,7 @@ def gradient_of(model: Any, case: Case, parts: Any) -> Any:
         return loss_and_parts(model, config, params, batch, jnp.float32(1), jax.random.key(0), parts)
 
     def run(params: Any, batch: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision(precision(case.dtype)):
             return jax.value_and_grad(loss, has_aux=True)(params, batch)
 
     return jax.jit(run)
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--queries", type=shape, default=(4, 64), help="rows x tokens")
     parser.add_argument("--passages", type=shape, default=(16, 256), help="rows x tokens")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", default="none", help="as in configs/base.py; ours only")
+    parser.add_argument("--remat", default="elements", help="as in configs/base.py; ours only")
     parser.add_argument("--sub_batch_tokens", type=int, default=0, help="ours only; 0 is the whole batch at once")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--largest", type=int, nargs="+", metavar="LENGTH")
