@@ -48,9 +48,10 @@ class Collected:
         if self._colbert is not None:
             colbert = np.asarray(results.colbert)
             for text, row, start, of_text in zip(texts, packing.rows, packing.starts, ids, strict=True):
-                own = np.delete(np.arange(len(of_text)), cls_columns(len(of_text), mcls=self._mcls))
                 # A copy, so that a text does not keep its whole batch alive.
-                self._colbert[text] = colbert[row, start + own]
+                own = colbert[row, start : start + len(of_text)]
+                cls = cls_columns(len(of_text), mcls=self._mcls)
+                self._colbert[text] = np.delete(own, cls, axis=0) if len(cls) > 1 else own[1:].copy()
 
     def _largest(self, count: int, batch: PackedIds, weights: np.ndarray) -> csr_matrix:
         """The largest weight of each term of each text, a row a text of the packing."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.config import M3Config
 from m3jax.representations import Representations
-from m3jax.xlm_roberta import linear
+from m3jax.xlm_roberta import Linear
 
 
 def normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
@@ -29,8 +29,8 @@ class Heads(nnx.Module):
         # Small: weights of the order of 1 would make every score a loud accident, and the fastest way down is to push all
         # of them below zero, where the relu gives no gradient to come back by.
         small = nnx.initializers.normal(config.initializer_range)
-        self.sparse_linear = linear(config.hidden_size, 1, rngs, small)
-        self.colbert_linear = linear(config.hidden_size, config.colbert_dim, rngs)
+        self.sparse_linear = Linear(config.hidden_size, 1, rngs, small, exact=True)
+        self.colbert_linear = Linear(config.hidden_size, config.colbert_dim, rngs, exact=True)
         self.unused_ids = config.unused_ids
 
     def __call__(

@@ -143,9 +143,11 @@ def _rounded(kernel: Callable[..., Array]) -> Callable[..., Array]:
 def _flash(q: Array, k: Array, v: Array, segments: Array, *, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
+    # H100, 32 × 512 tokens, 16 heads of 64, ms: blocks of 64 × 128 by 4 warps 0.153, 64 × 64 0.155, 128 × 128 0.178.
     block = 128 if q.shape[1] % 128 == 0 else 64
-    sizes = BlockSizes(block, block, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)  # JAX's own
-    return mha(q, k, v, segments, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes, interpret=interpret)
+    sizes = BlockSizes(64, block, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)  # backward: JAX's own
+    scale = q.shape[-1] ** -0.5
+    return mha(q, k, v, segments, sm_scale=scale, block_sizes=sizes, num_warps=4, interpret=interpret)
 
 
 def _cudnn(q: Array, k: Array, v: Array, segments: Array) -> Array:

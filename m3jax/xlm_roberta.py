@@ -4,7 +4,7 @@ Not here: the heads (heads.py), and dropout on attention weights, which fused at
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,66 +42,66 @@ def positions_from_ids(ids: Int[Array, "b l"], pad_id: int) -> Int[Array, "b l"]
     return jnp.cumsum(real, axis=1) * real + pad_id
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Float[Array, "*n i"], kernel: Float[Array, "i o"], dtype: jnp.dtype) -> Float[Array, "*n o"]:
-    """x · kernel in the kernel's dtype, sums float32, results in `dtype`.
+# std 1/√inputs is 0.03 at width 1024, near XLM-R's 0.02, with which a small model's layers would be all but off.
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(
+    x: Float[Array, "*n i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"], dtype: jnp.dtype
+) -> Float[Array, "*n o"]:
+    """x · kernel + bias, float32: the product in the kernel's dtype, its sums float32 and then rounded to `dtype`.
 
     Autodiff's own gradient would be products of float32 with halves, which GPUs and TPUs compute as float32, many times slower.
     """
-    return _dot(x, kernel, (x.ndim - 1,), (0,), dtype)
+    return _linear_forward(x, kernel, bias, dtype)[0]
 
 
-def _product_forward(x: Array, kernel: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    return _dot(x, kernel, (x.ndim - 1,), (0,), dtype), (x, kernel)
+def _linear_forward(x: Array, kernel: Array, bias: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, ...]]:
+    return _dot(x, kernel, (x.ndim - 1,), (0,), dtype).astype(jnp.float32) + bias, (x, kernel)
 
 
-def _product_backward(dtype: jnp.dtype, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _linear_backward(dtype: jnp.dtype, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
     x, kernel = kept
+    # The gradient of the bias sums up what is rounded, so that no float32 of it is ever written.
     gradient = gradient.astype(kernel.dtype)
     rows = tuple(range(x.ndim - 1))
     to_x, to_kernel = _dot(gradient, kernel, (x.ndim - 1,), (1,), dtype), _dot(x, gradient, rows, rows, dtype)
-    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
+    to_bias = gradient.sum(rows, dtype=jnp.float32)
+    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_bias
 
 
-_product.defvjp(_product_forward, _product_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _dot(a: Array, b: Array, over_a: tuple[int, ...], over_b: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return jax.lax.dot_general(a, b, ((over_a, over_b), ((), ())), preferred_element_type=dtype)
 
 
-def _exact(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    return _product(x.astype(kernel.dtype), kernel, jnp.dtype(jnp.float32))
-
-
-def _rounded(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """The result in the kernel's dtype, but on CPU, where products of halves are fast with float32 results only."""
-    return _product(x.astype(kernel.dtype), kernel, jnp.dtype(jnp.float32 if platform() == "cpu" else kernel.dtype))
-
-
-def _as_given(given: Any, **_: Any) -> Any:
-    return given
-
-
-# std 1/√inputs is 0.03 at width 1024, near XLM-R's 0.02, with which a small model's layers would be all but off.
-_KERNEL_INIT = nnx.initializers.lecun_normal()
-
-
-def linear(
-    inputs: int, outputs: int, rngs: nnx.Rngs, kernel_init: nnx.Initializer = _KERNEL_INIT, *, rounded: bool = False
-) -> nnx.Linear:
+class Linear(nnx.Module):
     """A linear layer whose matrix product runs in the kernel's dtype and whose result is float32.
 
-    rounded: halves in place of it before the bias is added, as GPUs and TPUs hold and move them in half the memory and time.
+    On GPU and TPU the sums are rounded to the kernel's dtype before the bias is added: halves take half the memory and the
+    time of moving it. `exact` keeps them, as CPUs do, whose products of halves are fast with float32 results only.
     """
-    return nnx.Linear(
-        inputs,
-        outputs,
-        kernel_init=kernel_init,
-        promote_dtype=_as_given,
-        dot_general=_rounded if rounded else _exact,
-        rngs=rngs,
-    )
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rngs: nnx.Rngs,
+        kernel_init: nnx.Initializer = _KERNEL_INIT,
+        *,
+        exact: bool = False,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (outputs,)))
+        self.exact = exact
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        kernel = self.kernel[...]
+        kept = self.exact or platform() == "cpu"
+        return _linear(x.astype(kernel.dtype), kernel, self.bias[...], jnp.dtype(jnp.float32 if kept else kernel.dtype))
 
 
 def _layer_norm(config: M3Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -145,13 +145,13 @@ class Layer(nnx.Module):
 
     def __init__(self, config: M3Config, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.q = linear(width, width, rngs, rounded=True)
-        self.k = linear(width, width, rngs, rounded=True)
-        self.v = linear(width, width, rngs, rounded=True)
-        self.attention_out = linear(width, width, rngs)
+        self.q = Linear(width, width, rngs)
+        self.k = Linear(width, width, rngs)
+        self.v = Linear(width, width, rngs)
+        self.attention_out = Linear(width, width, rngs)
         self.attention_norm = _layer_norm(config, rngs)
-        self.up = linear(width, config.intermediate_size, rngs, rounded=True)
-        self.down = linear(config.intermediate_size, width, rngs)
+        self.up = Linear(width, config.intermediate_size, rngs)
+        self.down = Linear(config.intermediate_size, width, rngs)
         self.output_norm = _layer_norm(config, rngs)
         self.heads = config.num_attention_heads
 
@@ -181,7 +181,7 @@ class Encoder(nnx.Module):
         self.embeddings = Embeddings(config, rngs)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_hidden_layers)])
         if config.pooler:
-            self.pooler = linear(config.hidden_size, config.hidden_size, rngs)
+            self.pooler = Linear(config.hidden_size, config.hidden_size, rngs)
 
     def __call__(
         self,

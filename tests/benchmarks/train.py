@@ -207,18 +207,8 @@ def serve(connection: Any, make: Any, case: Case) -> None:
 
 
 def product_rate(width: int, dtype: str) -> float:
-    """FLOP/s of a matrix product [4096, width] × [width, 4 · width], sustained for two seconds."""
-    import jax
-    import jax.numpy as jnp
-
-    x, y = (jax.random.normal(jax.random.key(0), s).astype(dtype) for s in ((4096, width), (width, 4 * width)))
-    multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
-    multiply(x, y).block_until_ready()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 2:
-        multiply(x, y).block_until_ready()
-        count += 1
-    return count * 2 * 4096 * width * 4 * width / (time.perf_counter() - start)
+    """FLOP/s of a matrix product of this width."""
+    return contestants.MatrixProduct(Path(), False, dtype).rate(width)
 
 
 def apart(function: Any, *arguments: Any) -> Any:
