@@ -1,6 +1,6 @@
 """encode in processes of its own: on eight devices, in two processes of jax.distributed, with a compilation cache.
 
-Not here: what one process on one device gives (../test_encoding.py).
+Not here: what one process on one device gives (../test_encoding.py, ../test_encoding_run.py).
 """
 
 import json
