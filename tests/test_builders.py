@@ -1,7 +1,5 @@
 import gzip
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -220,43 +218,3 @@ def test_all_first_errors_at_once_and_nothing_prepared(prepared, tmp_path):
     with pytest.raises(ValueError, match="first 10; there may be more") as error:
         prepared(tmp_path / "b.jsonl")
     assert str(error.value).count("b.jsonl:") == 10
-
-
-# --- Several processes ------------------------------------------------------------------------------------------------
-
-PROCESS = """
-import sys
-from pathlib import Path
-from m3jax.tokenization import Tokenizer
-from train.data import builders
-folder, index = Path(sys.argv[1]), int(sys.argv[2])
-tokenise = builders._encode
-builders._encode = lambda *given: ((folder / f"tokenised-by-{index}").touch(), tokenise(*given))[1]
-source = builders.prepare(
-    [folder / "a.jsonl", folder / "b.jsonl"], Tokenizer.from_file(folder / "tokenizer.json"), data_dir=folder / "data",
-    query_max_length=64, passage_max_length=64, process_index=index,
-)
-print(source.name, len(source), [row.query.tolist() for row in source.rows(range(len(source)))])
-"""
-
-
-def test_one_process_prepares_and_the_others_wait(tmp_path, tiny_tokenizer_json):
-    write(tmp_path / "a.jsonl", ROWS)
-    write(tmp_path / "b.jsonl", ROWS[::-1])
-    (tmp_path / "tokenizer.json").write_text(tiny_tokenizer_json, encoding="utf-8")
-    # sys.executable: the interpreter's own packages, from the root where the programs are.
-    run = [sys.executable, "-c", PROCESS, str(tmp_path)]
-    with subprocess.Popen([*run, "1"], stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:
-        assert other.stdout is not None
-        try:
-            said = other.stdout.readline()
-            assert "waiting for process 0 to prepare the training rows" in said and str(tmp_path / "data") in said
-            assert not list(tmp_path.rglob("*.array_record*"))
-            first = subprocess.run([*run, "0"], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
-            rest, _ = other.communicate(timeout=60)
-        finally:
-            other.kill()
-    assert other.returncode == 0
-    assert rest.splitlines()[-1] == first.stdout.splitlines()[-1] and " 8 [[" in first.stdout
-    assert "waiting" not in first.stdout
-    assert [path.name for path in tmp_path.glob("tokenised-by-*")] == ["tokenised-by-0"]

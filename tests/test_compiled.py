@@ -43,6 +43,40 @@ def test_the_fewest_that_fit_or_nearly(limit, passages):
     assert tried[0] == SubBatches(1, 1)
 
 
+def refusing(limit):
+    """A compiler that, as TPU's, raises where a program takes more than `limit`."""
+    compile = compiler([])
+
+    def compile_or_refuse(parts):
+        program = compile(parts)
+        if bytes_of(program) > limit:
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Used 9G of 8G hbm. Exceeded hbm capacity by 1G.\nmore"
+            )
+        return program
+
+    return compile_or_refuse
+
+
+def test_a_program_that_the_compiler_refuses_is_too_large():
+    _, parts, used = fitting(refusing(41_000), queries=QUERIES, passages=PASSAGES, tokens=0, limit=41_000)
+    assert parts.passages == 4 and used <= 41_000
+    with pytest.raises(
+        ValueError, match=r"one row at a time .* than its compiler accepts \(RESOURCE_EXHAUSTED.*1G\.\)"
+    ):
+        fitting(refusing(2_000), queries=QUERIES, passages=PASSAGES, tokens=0, limit=2_000)
+    with pytest.raises(ValueError, match=r"sub_batch_tokens = 1024 of 16 queries .* lower it or the batch"):
+        fitting(refusing(2_000), queries=QUERIES, passages=PASSAGES, tokens=1024, limit=2_000)
+
+
+def test_another_error_of_the_compiler_is_seen():
+    def broken(parts):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fitting(broken, queries=QUERIES, passages=PASSAGES, tokens=0, limit=1e9)
+
+
 def test_a_given_number_of_tokens_is_taken():
     tried = []
     _, parts, _ = fitting(compiler(tried), queries=QUERIES, passages=PASSAGES, tokens=256, limit=1.0)

@@ -1,12 +1,11 @@
 """Places in errors, and files that are there only when they are whole."""
 
 import gzip
-import time
 from pathlib import Path
 
 import pytest
 
-from train.files import parse_object, read_lines, wait_for, write_json, write_whole
+from train.files import parse_object, read_lines, write_json, write_whole
 
 
 def test_lines_have_their_place_and_only_a_newline_ends_one(tmp_path: Path):
@@ -59,22 +58,3 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         write_whole(path, "new")
     assert path.read_text(encoding="utf-8") == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_waiting_is_said_at_once_and_every_minute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    path, now = tmp_path / "rows", [0.0]
-
-    def sleep(seconds: float) -> None:
-        now[0] += 25
-        if now[0] == 150:
-            path.mkdir()
-
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(time, "sleep", sleep)
-    wait_for(path, "the rows")
-    lines = [f"waiting for process 0 to prepare the rows, {waited} s so far: {path}" for waited in (0, 75)]
-    assert capsys.readouterr().out.splitlines() == lines
-    wait_for(path, "the rows")
-    assert capsys.readouterr().out == ""

@@ -74,23 +74,34 @@ def fitting(
 
     queries, passages: a device's rows and their length. tokens: of a sub-batch, taken as it is; 0 looks for it. A first
     program tells what does not depend on the sub-batches (parameters, moments, embeddings of the batch) from what does, which
-    gives the next to try, so two or three are compiled. ValueError where one row at a time is still too large.
+    gives the next to try, so two or three are compiled. Where the compiler itself refuses a program that is larger than the
+    memory (TPU's does), half the tokens are tried. ValueError where one row at a time is still too large, or what is given.
     """
     given, tokens = tokens, tokens or max(rows * length for rows, length in (queries, passages))
     while True:
         parts = SubBatches(*(sub_batches_of(tokens, *side) for side in (queries, passages)))
-        program = compile(parts)
-        used = bytes_of(program)
-        if given or used <= limit:
-            return program, parts, used
-        smallest = parts == SubBatches(queries[0], passages[0])
-        if smallest:
+        try:
+            program = compile(parts)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            program, takes = None, f"more than its compiler accepts ({str(error).splitlines()[0]})"
+        else:
+            used = bytes_of(program)
+            if given or used <= limit:
+                return program, parts, used
+            takes = f"{used / 1e9:.1f} GB"
+        if given or parts == SubBatches(queries[0], passages[0]):
+            at_a_time = f"sub_batch_tokens = {given}" if given else "one row at a time"
             raise ValueError(
-                f"a step must fit into a device's memory, {limit / 1e9:.1f} GB of which a run may use, but one row at a time "
-                f"of {queries[0]} queries × {queries[1]} and {passages[0]} passages × {passages[1]} a device takes "
-                f"{used / 1e9:.1f} GB; lower the batch of this length group, set remat='all', or split parameters over "
+                f"a step must fit into a device's memory, {limit / 1e9:.1f} GB of which a run may use, but {at_a_time} "
+                f"of {queries[0]} queries × {queries[1]} and {passages[0]} passages × {passages[1]} a device takes {takes}; "
+                f"lower {'it or ' if given else ''}the batch of this length group, set remat='all', or split parameters over "
                 "mesh.fsdp"
             )
+        if program is None:
+            tokens //= 2
+            continue
         kept = _analysis(program).argument_size_in_bytes
         ratio = (limit - kept) / (used - kept) if limit > kept else 0.0
         tokens = int(tokens * min(0.5, 0.9 * ratio))

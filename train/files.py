@@ -5,13 +5,10 @@ What a row must hold is said where it is used: data/rows.py, evaluate.py, result
 
 import gzip
 import json
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from train.console import say
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -70,18 +67,6 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def wait_for(path: Path, what: str) -> None:
-    """Return when `path` is there, which another process makes whole at once; say so now and every minute."""
-    asked = time.monotonic()
-    said = -60.0
-    while not path.exists():
-        waited = time.monotonic() - asked
-        if waited - said >= 60:
-            say(f"waiting for process 0 to prepare {what}, {waited:.0f} s so far: {path}")
-            said = waited
-        time.sleep(0.2)
 
 
 def write_json(path: Path, content: Any) -> None:

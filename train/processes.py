@@ -3,8 +3,9 @@
 Not here: anything that the mathematics would have to know; there a batch is one array, wherever its rows lie.
 """
 
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from m3jax.sharding import BATCH
+
+T = TypeVar("T")
 
 
 def join(distributed: str) -> None:
@@ -46,16 +49,45 @@ def agreed(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(value))) if jax.process_count() > 1 else value
 
 
-def first_then_others(run: Callable[[], Any]) -> Any:
-    """run() on the first process, then, when that is done, on the others: they find what it made."""
+def first_then_others(run: Callable[[], T], what: str) -> T:
+    """run() on the first process, then, when that is done, on the others: they find what it made.
+
+    The others say that they wait for it to `what`, after some seconds and every minute. Where it fails, so do they: ValueError
+    with its message, as else they would wait for what never comes.
+    """
     if jax.process_count() == 1:
         return run()
+    # By the coordinator and not by devices, whose collectives on CPU give up after 30 seconds.
+    from orbax.checkpoint import multihost
+
+    shared, key = multihost.get_jax_distributed_client(), f"m3jax/first_then_others/{next(_TURNS)}"
     if is_first():
-        result = run()
-        multihost_utils.sync_global_devices("first")
+        try:
+            result = run()
+        except BaseException as error:
+            shared.key_value_set(key, _FAILED + (str(error) or repr(error)))
+            raise
+        shared.key_value_set(key, "done")
         return result
-    multihost_utils.sync_global_devices("first")
+    waited, turn = 0, _FIRST_SAID
+    while True:
+        try:
+            answer = shared.blocking_key_value_get(key, turn * 1000)
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            waited, turn = waited + turn, 60
+            print(f"process {jax.process_index()} waits for process 0 to {what}, {waited} s so far", flush=True)
+    if answer.startswith(_FAILED):
+        raise ValueError(answer.removeprefix(_FAILED))
     return run()
+
+
+# Each process counts its own turns, and all take the same ones.
+_TURNS = itertools.count()
+_FAILED = "failed: "
+_FIRST_SAID = 5  # seconds
 
 
 def on_host(tree: Any) -> Any:

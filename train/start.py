@@ -29,7 +29,7 @@ from train.data.builders import RowSource, prepare
 from train.data.pipeline import Batches
 from train.data.streams import LengthGroup
 from train.objective import OBJECTIVES, TEACHERS
-from train.processes import rows_held
+from train.processes import first_then_others, rows_held
 from train.results import METRICS
 from train.tasks import Task, read_task, read_tasks
 
@@ -199,13 +199,15 @@ def _described(config: Config) -> M3:
 
 def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
     """The rows to train on, prepared by process 0; ValueError where a teacher is asked for and no row has its scores."""
-    source = prepare(
-        [path_of(config, path) for path in listed(config.data.train)],
-        tokenizer,
-        data_dir=config.data.folder,
-        query_max_length=config.query_max_length,
-        passage_max_length=config.passage_max_length,
-        process_index=jax.process_index(),
+    source = first_then_others(
+        lambda: prepare(
+            [path_of(config, path) for path in listed(config.data.train)],
+            tokenizer,
+            data_dir=config.data.folder,
+            query_max_length=config.query_max_length,
+            passage_max_length=config.passage_max_length,
+        ),
+        "tokenise the training rows",
     )
     scored, rows = source.counts["rows_with_scores"], len(source)
     if config.teacher and not scored:

@@ -1,6 +1,6 @@
 """A large batch encoded in sub-batches, one after another, with the exact gradients of the whole; sharding is kept.
 
-Not here: how many sub-batches there are (sizes.py), and what is encoded.
+Not here: how many sub-batches there are (compiled.py), and what is encoded.
 """
 
 from collections.abc import Callable

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from m3jax.tokenization import Tokenizer
 from train.data.rows import Texts, check_files, files_of, own_group, parse
-from train.files import read_lines, wait_for
+from train.files import read_lines
 
 _ROWS_PER_ENCODE = 256  # enough texts for every thread of `tokenizers`, few enough to hold
 
@@ -113,14 +113,13 @@ def prepare(
     data_dir: str | PathLike[str],
     query_max_length: int,
     passage_max_length: int,
-    process_index: int = 0,
 ) -> RowSource:
     """Checks, tokenises and stores the rows of each dataset, a JSONL file or a folder of them, unless that is done already.
 
     `paths` are files (`.gz` is opened) or folders, searched for `*.jsonl` and `*.jsonl.gz` in sorted order. What is
     stored under `data_dir` is found again by the files' contents, the tokenizer and the maximum lengths (in token ids), for
-    each path by itself. Of several processes that share `data_dir`, the one with `process_index` 0 prepares; the others say
-    that they wait, and read what it left. (Where it fails they would wait on: `jax.distributed` ends them with it.)
+    each path by itself. Of several processes that share `data_dir` one calls this first (`processes.first_then_others`), and
+    the others find what it left.
 
     A row is `{"query": str, "pos": [str, …], "neg"?: [str, …], "prompt"?: str, "type"?: str, "pos_scores"?: [float, …],
     "neg_scores"?: [float, …]}`; an optional field may be null. `prompt` is put before the query, and nothing where there is
@@ -146,10 +145,7 @@ def prepare(
     configs = [_make_config(files, tokenizer, query_max_length, passage_max_length) for files in datasets]
     builders = [_builder(data_dir, config) for config in configs]
     missing = [builder for builder in builders if not builder.data_path.exists()]
-    if missing and process_index:
-        for builder in missing:
-            wait_for(Path(builder.data_path), "the training rows")
-    elif missing:
+    if missing:
         check_files([path for builder in missing for path in _config(builder).files])
         tfds.disable_progress_bar()
         # TFDS prints that it downloads; what happens here has its own progress bar, on stderr.
