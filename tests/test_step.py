@@ -103,7 +103,7 @@ def naive_scores(params, rows):
             scores, (dense, sparse, colbert, 0.7 * dense + 0.4 * sparse + 1.1 * colbert), strict=True
         ):
             scores[name][i, j] = value
-    active = [sum(weight > 0 for weight in text) for text in given.token_weights]
+    active = [sum(weight > 0 for weight in text.values()) for text in terms]
     return scores, np.mean(active[:ROWS]), np.mean(active[ROWS:])
 
 

@@ -17,7 +17,7 @@ from m3jax.heads import normalize
 from m3jax.losses import candidates, m3_loss
 from m3jax.model import Params, apply, flatten, path_name
 from m3jax.representations import Representations
-from m3jax.scores import all_scores, colbert_scores, dense_scores
+from m3jax.scores import all_scores, colbert_scores, dense_scores, term_weights
 from m3jax.sharding import BATCH, shardings
 from train import Config
 from train.data.pipeline import Batch
@@ -178,5 +178,5 @@ def work(model: M3Config, batch: Any) -> dict[str, jax.Array]:
 
 
 def _active_terms(given: Representations, texts: int | jax.Array) -> jax.Array:
-    """Terms with a weight above 0, a text, on average; places where no passage is, `<s> </s>`, have none."""
-    return (given.token_weights > 0).sum() / texts
+    """Terms with a weight above 0, a text, on average, each counted once; places where no passage is, `<s> </s>`, have none."""
+    return (term_weights(given.token_ids, given.token_weights)[1] > 0).sum() / texts
