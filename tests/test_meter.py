@@ -176,16 +176,6 @@ def test_a_collapsed_sparse_head_is_said_once(tmp_path, capsys, texts):
     assert f"0.50 a {texts.split('__')[1]}" in shown and "loss_weights" in shown
 
 
-def test_a_run_without_a_sparse_head_has_none_to_collapse(tmp_path, capsys):
-    measures = {name: value for name, value in MEASURES.items() if not name.startswith("active_terms")}
-    with metering(tmp_path) as meter:
-        for number in range(1, 13):
-            meter.begin(batch(8))
-            meter.run(number, measures)
-        meter.finish()
-    assert "warning" not in capsys.readouterr().out
-
-
 def test_the_bar(tmp_path, clock, capsys, monkeypatch):
     monkeypatch.setattr(train.meter.os, "isatty", lambda _: True)
     with metering(tmp_path) as meter:

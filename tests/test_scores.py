@@ -254,6 +254,21 @@ def test_a_repeated_term_counts_once():
     assert jax.jit(sparse_scores)(*query, *passage).tolist() == [[0.5 * 2 + 1 * 4]]
 
 
+def test_terms_that_no_query_has():
+    query = jnp.array([[5, 9]]), jnp.array([[2.0, 1.0]])
+    passage = jnp.array([[4, 9, 7, 11]]), jnp.array([[8.0, 4.0, 2.0, 1.0]])
+    score, gradient = jax.value_and_grad(lambda weights: sparse_scores(*query, passage[0], weights)[0, 0])(passage[1])
+    assert score == 4.0 and gradient.tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+
+def test_memory_of_sparse_scores_is_that_of_the_tokens():
+    """192 queries of 512 tokens and passages of 8192: all pairs of tokens of one passage would be 3.2 GB."""
+    queries, passages = (192, 512), (32, 8192)
+    given = [jax.ShapeDtypeStruct(shape, x) for shape in (queries, passages) for x in (jnp.int32, jnp.float32)]
+    made = live_shapes(jax.grad(lambda *x: sparse_scores(*x).sum(), (1, 3)), *given)
+    assert max(map(math.prod, made)) <= max(m3jax.scores._BLOCK_ELEMENTS, math.prod(queries), math.prod(passages))
+
+
 def test_term_weights_are_the_max_of_each_id():
     text = representations(6, 9, 16)
     ids, weights = map(np.asarray, jax.jit(term_weights)(text.token_ids, text.token_weights))
@@ -381,4 +396,4 @@ def test_training_holds_no_vocabulary_axis_but_the_tables(elements, monkeypatch)
     ids, passage_ids = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 32), (8, 64)))
     made = live_shapes(jax.value_and_grad(loss), shapes(config), ids, passage_ids)
     assert {shape for shape in made if config.vocab_size in shape} == {(config.vocab_size, config.hidden_size)}
-    assert ((4, 32, 8, 64) in made) == (elements > 4 * 32 * 8 * 64)  # all tokens of all pairs only where they are few
+    assert ((8, 64, 4, 32) in made) == (elements > 4 * 32 * 8 * 64)  # all tokens of all pairs only where they are few

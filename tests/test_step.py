@@ -85,32 +85,36 @@ def value_and_gradient():
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def naive_scores(params, rows):
-    """The score matrices, one pair after another; and the terms with a weight of each text."""
+def naive_scores(params, rows, width=None):
+    """The score matrices, one pair after another; and the terms with a weight of each text. width: of dense and colbert."""
     ids, mask = (np.concatenate(pair) for pair in ((rows[0], rows[2]), (rows[1], rows[3])))
     given = jax.tree.map(np.asarray, jax.jit(lambda *given: apply(MODEL, *given))(params, ids, mask))
     terms = [{} for _ in ids]
     for text, found in enumerate(terms):
         for term, weight in zip(given.token_ids[text], given.token_weights[text], strict=True):
             found[term] = max(found.get(term, 0.0), weight)
-    tokens = [vectors[real] for vectors, real in zip(given.colbert, given.colbert_mask, strict=True)]
+    every, vectors = (
+        x[..., :width] / np.linalg.norm(x[..., :width], axis=-1, keepdims=True) for x in (given.dense, given.colbert)
+    )
+    tokens = [own[real] for own, real in zip(vectors, given.colbert_mask, strict=True)]
     scores = {name: np.zeros((ROWS, ROWS * GROUP)) for name in (*PARTS, "hybrid")}
     for i, j in np.ndindex(scores["dense"].shape):
-        dense = given.dense[i] @ given.dense[ROWS + j]
+        dense = every[i] @ every[ROWS + j]
         sparse = sum(weight * terms[ROWS + j].get(term, 0.0) for term, weight in terms[i].items())
         colbert = np.mean([max(token @ other for other in tokens[ROWS + j]) for token in tokens[i]])
         for name, value in zip(
             scores, (dense, sparse, colbert, 0.7 * dense + 0.4 * sparse + 1.1 * colbert), strict=True
         ):
             scores[name][i, j] = value
-    active = [sum(weight > 0 for weight in text) for text in given.token_weights]
+    active = [sum(weight > 0 for weight in text.values()) for text in terms]
     return scores, np.mean(active[:ROWS]), np.mean(active[ROWS:])
 
 
 def naive_parts(scores, rows):
     """Unweighted parts: each row's softmax ranges over its positive and the passages that it does not know, which are there
     and, where the row has no in-batch negatives, of its group."""
-    parts = dict.fromkeys((*scores, *(f"distill/{name}" for name in PARTS)), 0.0)
+    taught = [name for name in scores if name != "hybrid"]
+    parts = dict.fromkeys((*scores, *(f"distill/{name}" for name in taught)), 0.0)
     for i in range(ROWS):
         own = i * GROUP
         known = set(map(tuple, rows.known_identity[i]))
@@ -124,7 +128,7 @@ def naive_parts(scores, rows):
             logits = matrix[i, columns] / 0.1
             logs[name] = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
             parts[name] -= logs[name][0] / ROWS
-        for name in PARTS:
+        for name in taught:
             parts[f"distill/{name}"] -= np.exp(logs["hybrid"]) @ logs[name] / ROWS
     return parts
 
@@ -200,6 +204,30 @@ def test_objective_and_teacher_reach_the_loss(params):
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     for name, value in parts.items():
         assert float(measures[name if "/" in name else f"loss/{name}"]) == pytest.approx(value, rel=1e-5), name
+
+
+def test_two_functions_in_several_widths(params):
+    settings = config(functions=("dense", "colbert"))
+    settings.matryoshka.update(dense=(8, 4), colbert=(8,))
+    loss, measures = jax.jit(
+        lambda params, rows: loss_and_parts(MODEL, settings, params, rows, True, jax.random.key(1))
+    )(params, batch())
+    full, eight, four = (naive_scores(params, batch(), width)[0] for width in (None, 8, 4))
+    scores = {name: full[name] for name in ("dense", "colbert")} | {
+        "hybrid": 0.7 * full["dense"] + 1.1 * full["colbert"]
+    }
+    parts = naive_parts(
+        scores | {"dense@8": eight["dense"], "dense@4": four["dense"], "colbert@8": eight["colbert"]}, batch()
+    )
+    means = []
+    for kind in ("", "distill/"):
+        dense = np.mean([parts[f"{kind}{name}"] for name in ("dense", "dense@8", "dense@4")])
+        means.append(0.9 * dense + 1.3 * np.mean([parts[f"{kind}{name}"] for name in ("colbert", "colbert@8")]))
+    expected = {name if "/" in name else f"loss/{name}": value for name, value in parts.items()}
+    expected["loss"] = ((means[0] + parts["hybrid"]) / 3 + means[1] / 2) / 2
+    # No terms: of a sparse head that is not trained nobody is to be warned.
+    assert {name: float(value) for name, value in measures.items()} == pytest.approx(expected, rel=1e-5)
+    assert loss == measures["loss"]
 
 
 def test_bfloat16_is_close(params, value_and_gradient):

@@ -17,7 +17,7 @@ from m3jax.heads import normalize
 from m3jax.losses import candidates, m3_loss
 from m3jax.model import Params, apply, flatten, path_name
 from m3jax.representations import Representations
-from m3jax.scores import all_scores, colbert_scores, dense_scores
+from m3jax.scores import all_scores, colbert_scores, dense_scores, term_weights
 from m3jax.sharding import BATCH, shardings
 from train import Config
 from train.data.pipeline import Batch
@@ -58,7 +58,7 @@ def loss_and_parts(
     key: jax.Array,
     sub_batches: SubBatches = ONE_PASS,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The M3 loss of one global batch, and its parts and the terms per text as measures.
+    """The M3 loss of one global batch, and as measures its parts and, where sparse is trained, the terms per text.
 
     batch: a `Batch` of device arrays. Every query's candidates are all passages of the batch, on whichever device they
     lie, but its other positives; of a row without in-batch negatives those of its group only.
@@ -92,11 +92,11 @@ def loss_and_parts(
         **loss_arguments(config),
     )
     measures = {"loss": loss} | {name if "/" in name else f"loss/{name}": value for name, value in parts.items()}
-    # A sparse head that collapses shows here first, long before a score does.
-    return loss, measures | {
-        "active_terms/query": _active_terms(queries, rows),
-        "active_terms/passage": _active_terms(passages, batch.passage_present.sum()),
-    }
+    if "sparse" in config.functions:
+        # A sparse head that collapses shows here first, long before a score does.
+        measures["active_terms/query"] = _active_terms(queries, rows)
+        measures["active_terms/passage"] = _active_terms(passages, batch.passage_present.sum())
+    return loss, measures
 
 
 def _cast_kernels(params: Params, dtype: str) -> Params:
@@ -178,5 +178,5 @@ def work(model: M3Config, batch: Any) -> dict[str, jax.Array]:
 
 
 def _active_terms(given: Representations, texts: int | jax.Array) -> jax.Array:
-    """Terms with a weight above 0, a text, on average; places where no passage is, `<s> </s>`, have none."""
-    return (given.token_weights > 0).sum() / texts
+    """Terms with a weight above 0, a text, on average, each counted once; places where no passage is, `<s> </s>`, have none."""
+    return (term_weights(given.token_ids, given.token_weights)[1] > 0).sum() / texts
