@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 
 import train.flops
 from m3jax.config import M3Config
@@ -11,6 +12,7 @@ from m3jax.model import apply, shapes
 from m3jax.scores import colbert_scores
 from m3jax.sharding import make_mesh
 from train.flops import matrix_rate, step_flops
+from train.sub_batch import SubBatches, encode_in
 
 MODEL = M3Config.tiny(hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=2, colbert_dim=24)
 
@@ -64,8 +66,42 @@ def test_the_formula_beside_the_traced_products():
     assert found.colbert / 3 == pytest.approx(
         2 * MODEL.hidden_size * MODEL.colbert_dim * (rows * length + passages * passage_length) + matched, rel=0.05
     )
-    again = step_flops(MODEL, np.full(rows, length), np.full(passages, passage_length), again=1)
-    assert again.encoder == pytest.approx(4 / 3 * found.encoder) and again.colbert == found.colbert
+
+
+@pytest.mark.parametrize("frozen", [(), ("encoder",)])
+@pytest.mark.parametrize(
+    "remat", ["all_but_products", "all"]
+)  # with "elements" too, this backend's attention is made twice
+@pytest.mark.parametrize("parts", [SubBatches(1, 1), SubBatches(1, 3)])
+def test_the_encoder_s_passes_beside_the_traced_products(frozen, remat, parts):
+    """Of the gradient of a loss on the sparse weights, which need a head beside a frozen encoder."""
+    rows, length, passages, passage_length = 2, 12, 6, 20
+
+    def loss(params):
+        if frozen:
+            params = params | {"encoder": jax.lax.stop_gradient(params["encoder"])}
+
+        def encode(ids):
+            return apply(MODEL, params, ids, ids >= 0, remat=remat).token_weights
+
+        texts = jnp.ones((rows, length), int), jnp.ones((passages, passage_length), int)
+        return sum((encode_in(count, encode, ids) ** 2).sum() for count, ids in zip(parts, texts, strict=True))
+
+    traced = jax.make_jaxpr(jax.grad(loss))(shapes(MODEL))
+    used, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    found = step_flops(
+        MODEL, np.full(rows, length), np.full(passages, passage_length), frozen=frozen, remat=remat, sub_batches=parts
+    )
+    assert found.encoder == pytest.approx(products(used), rel=0.02)
+
+
+def test_only_what_is_trained_costs():
+    lengths = np.array([3, 7]), np.array([5, 1, 9])
+    whole, pairs = step_flops(MODEL, *lengths), 2 * 10 * 15
+    assert step_flops(MODEL, *lengths, functions=("dense",)) == (whole.encoder, 0)
+    assert step_flops(MODEL, *lengths, widths=(8, 4)).colbert - whole.colbert == 3 * pairs * 12
+    beside = step_flops(MODEL, *lengths, frozen=("encoder", "colbert"))
+    assert beside == pytest.approx((whole.encoder / 3, whole.colbert / 3))
 
 
 def test_only_real_lengths_count_and_tracers_are_taken():

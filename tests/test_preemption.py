@@ -30,6 +30,16 @@ def test_among_steps_it_waits_to_be_asked_for():
         pytest.fail("still running")
 
 
+def test_what_is_at_once_among_steps_is_broken_off():
+    with Preemption() as preemption, pytest.raises(Stopped, match="after the last step"), preemption.deferred():
+        with pytest.raises(Stopped), preemption.at_once():
+            ask()
+            pytest.fail("still running")
+        with pytest.raises(Stopped), preemption.at_once():
+            pytest.fail("though it was asked before")
+        assert preemption.reached(1)
+
+
 def test_an_error_among_the_steps_is_the_one_that_is_seen():
     with pytest.raises(ZeroDivisionError), Preemption() as preemption, preemption.deferred():
         ask()

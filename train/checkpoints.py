@@ -64,6 +64,11 @@ class Checkpoints:
         """The last finished step, None before the first."""
         return self._manager.latest_step()
 
+    @property
+    def measured(self) -> bool:
+        """Whether the last finished step was saved with scores."""
+        return self.last is not None and bool(self._manager.metrics(self.last))
+
     def is_best(self, scores: Mapping[str, float]) -> bool:
         """Whether a step with these scores would be the best so far; of equals it is the later one."""
         return self._measure in scores and (self.best is None or scores[self._measure] >= self.best[1])
@@ -88,6 +93,13 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=dict(scores) if scores else None)
         if scores and self.is_best(scores):
             self.best = step, scores[self._measure]
+
+    def add_scores(
+        self, model: M3Config, tokenizer: Tokenizer, state: TrainState, step: int, scores: Mapping[str, float]
+    ) -> None:
+        """Save `state`, which is the last step's, once more with its scores, as it was stopped before they were there."""
+        self._manager.delete(step)
+        self.save(model, tokenizer, state, step, scores)
 
     def check(self, model: M3Config) -> None:
         """ValueError where the last checkpoint is of another model or other settings."""

@@ -5,6 +5,7 @@ Counted by hand: XLA's own cost analysis counts a loop's body once. Not here: wh
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax.config import M3Config
+from m3jax.losses import PARTS
+from m3jax.xlm_roberta import Remat
+from train.sub_batch import ONE_PASS, SubBatches
 
 
 class Flops(NamedTuple):
@@ -21,13 +25,24 @@ class Flops(NamedTuple):
     colbert: Any
 
 
-def step_flops(model: M3Config, query_lengths: Any, passage_lengths: Any, *, again: int = 0) -> Flops:
+def step_flops(
+    model: M3Config,
+    query_lengths: Any,
+    passage_lengths: Any,
+    *,
+    functions: Sequence[str] = PARTS,
+    frozen: Sequence[str] = (),
+    widths: Sequence[int] = (),
+    remat: Remat = "elements",
+    sub_batches: SubBatches = ONE_PASS,
+) -> Flops:
     """The work of a step forward and backward, on texts of these lengths in tokens (arrays of any shape).
 
     L·(8·n·w² + 4·n·w·f + 4·n²·w) a text of n tokens forward, with L layers of width w and feed-forward width f: that is
-    L·(24·n·w² + 4·n²·w) where f = 4·w. Colbert: 2·n·w·c a text and 2·n·m·c a pair, with vectors of width c. Backward twice
-    that; `again`: how often the encoder's forward pass is computed once more for it. LayerNorm, softmax
-    and other losses are left out: a few thousandths.
+    L·(24·n·w² + 4·n²·w) where f = 4·w. Colbert, where it is among the functions: 2·n·w·c a text and 2·n·m·c a pair, with
+    vectors of width c, and 2·n·m·v for each of the shorter `widths` v. Backward twice that, and nothing of what is frozen and
+    stands on what is. By `remat` layers or their attention are computed once more, and sub-batches once more again.
+    LayerNorm, softmax and other scores are left out: a few thousandths.
 
     >>> import numpy as np
     >>> int(step_flops(M3Config(), np.array([512]), np.array([])).encoder) == 3 * 24 * (24 * 512 * 1024**2 + 4 * 512**2 * 1024)
@@ -36,9 +51,16 @@ def step_flops(model: M3Config, query_lengths: Any, passage_lengths: Any, *, aga
     # In floating point: the sums pass what 32 bits can count.
     queries, passages = 1.0 * query_lengths, 1.0 * passage_lengths
     w, f, c = model.hidden_size, model.intermediate_size, model.colbert_dim
-    layers = sum((8 * w * w + 4 * w * f) * n.sum() + 4 * w * (n * n).sum() for n in (queries, passages))
-    colbert = 2 * w * c * (queries.sum() + passages.sum()) + 2 * c * queries.sum() * passages.sum()
-    return Flops((3 + again) * model.num_hidden_layers * layers, 3 * colbert)
+    trained, head = "encoder" not in frozen, "colbert" not in frozen
+    encoder = colbert = 0.0
+    for n, parts in ((queries, sub_batches.queries), (passages, sub_batches.passages)):
+        again = parts > 1
+        products, attention = (8 * w * w + 4 * w * f) * n.sum(), 4 * w * (n * n).sum()
+        passes = again + (3 + (remat == "all") if trained else 1)
+        encoder += passes * (products + attention) + (trained and remat == "all_but_products") * attention
+        colbert += (1 + trained + head + again) * 2 * w * c * n.sum()
+    colbert += (3 if trained or head else 1) * 2 * (c + sum(widths)) * queries.sum() * passages.sum()
+    return Flops(model.num_hidden_layers * encoder, colbert if "colbert" in functions else 0.0)
 
 
 @functools.lru_cache(maxsize=8)

@@ -111,6 +111,11 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
             Meter(config, log, batches, first=first, rate=rate) as meter,
             preemption.deferred(),
         ):
+            if dev is not None and first and _at(config.evaluate_every, first, config) and not saved.measured:
+                with preemption.at_once():
+                    scores = _dev_scores(config, _model(m3, state), dev)
+                log.write(first, scores)
+                saved.add_scores(m3.config, m3.tokenizer, state, first, scores)
             for done, rows in enumerate(prefetch(batches, first, config.steps), first + 1):
                 batch = placed(rows, mesh)
                 meter.begin(batch)
@@ -122,10 +127,14 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
                 if measuring or saving or stopping:
                     meter.finish()  # the state must be finite, and the line written
                 scores = {}
-                if dev is not None and measuring:
+                if dev is not None and measuring and not stopping:
                     clock.lap("train")
-                    scores = _dev_scores(config, _model(m3, state), dev)
-                    log.write(done, scores)
+                    try:
+                        with preemption.at_once():
+                            scores = _dev_scores(config, _model(m3, state), dev)
+                        log.write(done, scores)
+                    except Stopped:  # the run that goes on measures it
+                        stopping = True
                     clock.lap("evaluate")
                 if saving or stopping or saved.is_best(scores):
                     saved.save(m3.config, m3.tokenizer, state, done, scores)

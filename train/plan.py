@@ -54,8 +54,16 @@ def plan(config: Config) -> dict[str, Any]:
                 config.sub_batch_tokens,
             )
             queries, passages = batch.query_mask.shape, batch.passage_mask.shape
-            again = (config.remat == "all") + (parts.passages > 1)
-            flops = step_flops(m3.config, np.full(*queries), np.full(*passages), again=again)
+            flops = step_flops(
+                m3.config,
+                np.full(*queries),
+                np.full(*passages),
+                functions=config.functions,
+                frozen=config.frozen,
+                widths=config.matryoshka.colbert,
+                remat=config.remat,
+                sub_batches=parts,
+            )
             planned.append(
                 {
                     "max_length": group.max_length,

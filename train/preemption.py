@@ -57,6 +57,20 @@ class Preemption:
         if self._asked:
             raise Stopped("stopped after the last step")
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within a block `deferred`, one that the signal breaks off with `Stopped`, even where it came just before.
+
+        Under jax.distributed it goes on: its processes can only stop together, after a step.
+        """
+        self._deferred = False
+        try:
+            if self._asked:
+                raise Stopped("stopped among the steps")
+            yield
+        finally:
+            self._deferred = True
+
     def reached(self, step: int) -> bool:
         """Whether to stop after `step` steps. Every process asks after each step."""
         if self._synchronised:

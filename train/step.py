@@ -4,7 +4,7 @@ Not here: where batches come from (data/pipeline.py), the optimiser's numbers (o
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -148,7 +148,7 @@ def make_step(
         with jax.default_matmul_precision(precision(config.dtype)):
             gradients, measures = jax.grad(loss, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        measures |= gradient_norms(gradients) | work(model, batch)
+        measures |= gradient_norms(gradients) | work(model, batch, config.frozen)
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, moments, state.step + 1), measures
 
@@ -167,13 +167,13 @@ def gradient_norms(gradients: Params) -> dict[str, jax.Array]:
     return norms
 
 
-def work(model: M3Config, batch: Any) -> dict[str, jax.Array]:
+def work(model: M3Config, batch: Any, frozen: Sequence[str] = ()) -> dict[str, jax.Array]:
     """Of a global batch: its real tokens, the places for them with padding, and the encoder's FLOPs on the real ones."""
     queries, passages = (mask.sum(axis=-1) for mask in (batch.query_mask, batch.passage_mask))
     return {
         "tokens": queries.sum() + passages.sum(),
         "places": jnp.float32(batch.query_mask.size + batch.passage_mask.size),
-        "flops": step_flops(model, queries, passages).encoder,
+        "flops": step_flops(model, queries, passages, frozen=frozen).encoder,
     }
 
 

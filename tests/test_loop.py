@@ -1,0 +1,51 @@
+"""A run that is asked to stop while it measures: what it saved, and that it goes on as one never stopped."""
+
+import json
+import os
+import signal
+
+import pytest
+
+pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
+pytest.importorskip("optax", reason="training needs the train extra")
+
+import train.loop
+from tests.small_run import small_config
+from train.preemption import Stopped
+
+
+def scores(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k == "step" or k.startswith("dev/")}
+        for line in lines
+        if "dev/all/ndcg_at_10" in line
+    ]
+
+
+def steps(run):
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_asked_to_stop_while_it_measures_it_saves_and_measures_later(small_data, tmp_path, monkeypatch, at):
+    changes = {"evaluate_untrained": False, "data.test": "", "save_every": 4, "keep_checkpoints": 1}
+    whole, stopped = (small_config(small_data, tmp_path / name, **changes) for name in ("whole", "stopped"))
+    train.loop.train(whole)
+    measured, evaluate = [], train.loop.evaluate
+
+    def interrupted(*given, **settings):
+        measured.append(0)
+        if 2 * len(measured) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("still measuring")
+        return evaluate(*given, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop, "evaluate", interrupted)
+        with pytest.raises(Stopped, match=f"after step {at}, which is saved"):
+            train.loop.train(stopped)
+    assert at in steps(tmp_path / "stopped")
+    train.loop.train(stopped)
+    assert scores(tmp_path / "stopped") == scores(tmp_path / "whole") and len(scores(tmp_path / "whole")) == 2
+    assert steps(tmp_path / "stopped") == steps(tmp_path / "whole")
