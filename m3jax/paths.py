@@ -82,22 +82,22 @@ def writing(destination: str | Path, *, last: str, size: int, progress: bool = F
     """An empty local folder to fill, which takes the place of `destination` when the block ends; an error leaves what was.
 
     On a disk it is filled in a hidden folder beside and renamed into place; the next writing removes what a killed process left
-    there. A store has no such rename: there the file `last`, without which nobody takes the
-    folder for finished, goes first of the old ones and comes last of the new ones. size: bytes to come; ValueError where the
-    disk has fewer free, or fills up meanwhile. progress shows a bar on stderr, if that is a terminal.
+    there. A store has no such rename: there the file `last`, without which nobody takes the folder for finished, goes first of
+    the old ones and comes last of the new ones. size: bytes to come; ValueError where the disk has fewer free, or fills up
+    meanwhile. progress shows a bar on stderr, if that is a terminal.
     """
     if is_url(destination):
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            _check_room(folder, size, folder.parent)
-            with _telling_room(folder.parent), _bar(folder, size, "write", progress):
+            folder = Path(temporary, "partial")  # within it, because Orbax puts more beside the folder that it fills
+            folder.mkdir()
+            _check_room(folder, size, tempfile.gettempdir())
+            with _telling_room(tempfile.gettempdir()), _bar(folder, size, "write", progress):
                 yield folder
             _upload(folder, destination, last, progress)
         return
     directory = Path(os.path.realpath(destination))  # a link is replaced where it points to
     directory.parent.mkdir(parents=True, exist_ok=True)
     _sweep(directory)
-    # What Orbax puts beside the folder that it fills is in here too.
     beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=_BESIDE, dir=directory.parent))
     partial, older = beside / "partial", beside / "older"
     try:
