@@ -4,6 +4,7 @@ Not here: the programs themselves, one file each.
 """
 
 import argparse
+import logging
 import sys
 import time
 import warnings
@@ -23,6 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, program in _PROGRAMS.items():
         program.add_arguments(programs.add_parser(name, description=program.__doc__))
     given = parser.parse_args(arguments)
+    # Orbax logs each error of its threads, with a traceback, and raises it too.
+    logging.getLogger("absl").disabled = True
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():

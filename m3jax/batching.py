@@ -45,15 +45,16 @@ def pack(
     longer_rows: Sequence[int] = (),
     row_multiple: int = 1,
 ) -> Iterator[Packing]:
-    """Batches of full rows, longest texts first, that hold every text once and about `batch_tokens` ids each.
+    """Batches of full rows, longest texts first, that hold every text once and at most `batch_tokens` ids each.
 
     A batch's rows are as long as its longest text needs (`bucket_length` in `step`s), but at least `row_length`, or what all
     texts that are left need together, so that one short query is computed alone. For a text of more, rows have one of the
     lengths `longer_rows` where these are given, that which costs the least for what it holds: few shapes are compiled. Each
     row takes the longest text that is left, then of the others always the longest that still fits (best-fit decreasing), so
     that texts of like length meet and short ones fill what is left. Its number of rows is a multiple of `row_multiple` (the
-    devices that rows are split over): of the full batch `batch_tokens // length`, and at the end of the texts one of few. A
-    text that alone exceeds the budget is a row of its own. ValueError for a number below 1.
+    devices that rows are split over): of the full batch `batch_tokens // length`, and at the end of the texts one of few. No
+    row is longer than its longest text needs where that would exceed the budget; `row_multiple` rows of what it needs are
+    computed whatever the budget is. ValueError for a number below 1.
 
     >>> [(p.texts.tolist(), p.starts.tolist(), p.shape) for p in pack([5, 30, 9, 26], batch_tokens=64)]
     [([1, 3, 0], [0, 0, 26], (2, 32)), ([2], [0], (1, 16))]
@@ -68,9 +69,10 @@ def pack(
     left = sorted(int(length) * count + count - 1 - text for text, length in enumerate(lengths))
     while left:
         longest = left[-1] // count
-        rows_of = [length for length in longer_rows if length >= longest] if longest > row_length else []
         shared = min(row_length, sum(text // count for text in left))
-        rows_of = rows_of or [bucket_length(max(longest, shared), step)]
+        rows_of = longer_rows if longest > row_length else [bucket_length(max(longest, shared), step)]
+        # What no text needs may not take more than the budget.
+        rows_of = [n for n in rows_of if longest <= n <= batch_tokens // row_multiple] or [bucket_length(longest, step)]
         batches = [_fill(left, count, length, batch_tokens, row_multiple) for length in rows_of]
         rows, shape, left = min(batches, key=lambda batch: _cost(batch, count))
         sizes = [[text // count for text in row] for row in rows]

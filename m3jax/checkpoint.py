@@ -6,7 +6,10 @@ inside the functions: encoding from released weights does not need it.
 
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +75,8 @@ def write(m3: M3, directory: str | Path, *, replace: bool = False, progress: boo
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     # Without compression, which gains 7% on weights and takes most of the time; in chunks that a mesh can read in parts;
     # and without the copy of all arrays that Orbax makes for callers who go on changing them.
-    arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    failed: list[Exception] = []
+    arrays = _writing_all(failed)
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=False,
         save_concurrent_gb=1,
@@ -86,11 +90,44 @@ def write(m3: M3, directory: str | Path, *, replace: bool = False, progress: boo
         MODEL: ocp.args.JsonSave(_description(m3.config, m3.tokenizer)),
     }
     handlers = {PARAMS: handler, MODEL: ocp.JsonCheckpointHandler()}
+
+    def save() -> None:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+            checkpointer.save(folder, ocp.args.Composite(**items), force=True)
+
+    # Ctrl-C would leave Orbax's threads at work on a folder that is being removed, so it waits for this one.
     with (
         paths.writing(directory, last=_MARKER, size=size, progress=progress) as folder,
-        ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer,
+        ThreadPoolExecutor(1) as executor,
     ):
-        checkpointer.save(folder, ocp.args.Composite(**items), force=True)
+        try:
+            executor.submit(save).result()
+        finally:
+            if failed:
+                raise _of_system(failed[0]) from failed[0]
+
+
+def _writing_all(failed: list[Exception]) -> Any:
+    """Orbax's handler of NumPy arrays, which goes on where one cannot be written, and tells it in `failed`.
+
+    Orbax would leave the others to themselves: they go on in a folder that is being removed, and each prints a traceback.
+    """
+    import orbax.checkpoint as ocp
+
+    class WritingAll(ocp.type_handlers.NumpyHandler):
+        async def _open_and_write(self, *given: Any) -> None:
+            try:
+                await super()._open_and_write(*given)
+            except ValueError as error:
+                failed.append(error)
+
+    return WritingAll(deepcopy_host_arrays=False)
+
+
+def _of_system(error: Exception) -> Exception:
+    """An error of tensorstore as the OSError that it tells of, such as of a full disk."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
 
 
 def place(directory: str | Path) -> Any:

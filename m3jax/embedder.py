@@ -115,8 +115,8 @@ def encode(
     every 256 tokens, the dense vector from all of them (PAPER §5), better on long texts that the model was not trained on;
     they count toward max_length; a text of up to 256 tokens has its plain vector.
 
-    batch_tokens bounds the tokens that the devices compute at once, padding included, but for a single text that is
-    longer; None is 1024 on CPU, where a batch then stays in the caches, else 16384 a device. A batch that does not fit into
+    batch_tokens bounds the tokens that the devices compute at once, padding included, but for one row on each, as long as the
+    longest text needs; None is 1024 on CPU, where a batch then stays in the caches, else 16384 a device. A batch that does not fit into
     the device's memory is halved, with a warning. progress shows a bar on stderr; None shows one on a terminal after some
     seconds.
 

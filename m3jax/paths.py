@@ -4,6 +4,8 @@ Not here: what is in them (weights.py, checkpoint.py). A path is local, or a URL
 the contents of a URL pass through a temporary folder.
 """
 
+import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -65,7 +67,7 @@ def reading(source: str | Path, needed: Callable[[Sequence[str]], Sequence[str]]
     store, root = _store(source)
     sizes = {name: store.size(f"{root}/{name}") or 0 for name in needed(there)}
     with tempfile.TemporaryDirectory() as folder:
-        _check_room(Path(folder), sum(sizes.values()))
+        _check_room(Path(folder), sum(sizes.values()), Path(folder).parent)
         with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="download", disable=None) as bar:
             for name, size in sizes.items():
                 path = Path(folder, name)
@@ -79,41 +81,65 @@ def reading(source: str | Path, needed: Callable[[Sequence[str]], Sequence[str]]
 def writing(destination: str | Path, *, last: str, size: int, progress: bool = False) -> Iterator[Path]:
     """An empty local folder to fill, which takes the place of `destination` when the block ends; an error leaves what was.
 
-    On a disk it is renamed into place. A store has no such rename: there the file `last`, without which nobody takes the
-    folder for finished, goes first of the old ones and comes last of the new ones. size: bytes to come; ValueError where the
-    disk has fewer free. progress shows a bar on stderr, if that is a terminal.
+    On a disk it is filled in a hidden folder beside and renamed into place; the next writing removes what a killed process left
+    there. A store has no such rename: there the file `last`, without which nobody takes the folder for finished, goes first of
+    the old ones and comes last of the new ones. size: bytes to come; ValueError where the disk has fewer free, or fills up
+    meanwhile. progress shows a bar on stderr, if that is a terminal.
     """
     if is_url(destination):
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            _check_room(folder, size)
-            with _bar(folder, size, "write", progress):
+            folder = Path(temporary, "partial")  # within it, because Orbax puts more beside the folder that it fills
+            folder.mkdir()
+            _check_room(folder, size, tempfile.gettempdir())
+            with _telling_room(tempfile.gettempdir()), _bar(folder, size, "write", progress):
                 yield folder
             _upload(folder, destination, last, progress)
         return
     directory = Path(os.path.realpath(destination))  # a link is replaced where it points to
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(directory)
+    beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=_BESIDE, dir=directory.parent))
+    partial, older = beside / "partial", beside / "older"
     try:
-        _check_room(partial, size)
-        with _bar(partial, size, "write", progress):
+        partial.mkdir()
+        _check_room(partial, size, destination)
+        with _telling_room(destination), _bar(partial, size, "write", progress):
             yield partial
         # The old one keeps its name until the new one is complete, and is never half removed under it.
-        older = directory.with_name(directory.name + ".older")
-        shutil.rmtree(older, ignore_errors=True)
         if directory.exists():
             directory.rename(older)
         partial.rename(directory)
-        shutil.rmtree(older, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if older.exists() and not directory.exists():
+            older.rename(directory)
+        _sweep(directory)
 
 
-def _check_room(folder: Path, size: int) -> None:
+_BESIDE = ".m3jax-partial"
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what writing left beside a directory, killed processes too; but not the only copy of what it held."""
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.????????{_BESIDE}"):  # the ? are mkdtemp's
+        if directory.exists() or not (left / "older").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _check_room(folder: Path, size: int, destination: str | Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise ValueError(f"{folder.parent}: {size:,} bytes are to be written, but {free:,} are free; make room")
+        raise ValueError(f"{destination}: {size:,} bytes are to be written, but {free:,} are free; make room")
+
+
+@contextmanager
+def _telling_room(destination: str | Path) -> Iterator[None]:
+    """A disk that fills up meanwhile as ValueError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ValueError(f"{destination}: {error.strerror} while it was written; make room") from error
 
 
 @contextmanager

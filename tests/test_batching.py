@@ -51,8 +51,11 @@ def test_pack(lengths, batch_tokens, row_length, step, longer_rows, row_multiple
     for batch in batches:
         rows, length = batch.shape
         longest = left[-1]  # first
-        own = [one for one in longer_rows if one >= longest] if longest > row_length else []
-        assert length in own if own else length == bucket_length(max(longest, min(row_length, sum(left))), step)
+        needed, most = bucket_length(longest, step), batch_tokens // row_multiple
+        assert rows * length <= max(batch_tokens, row_multiple * needed)
+        shared = bucket_length(max(longest, min(row_length, sum(left))), step)
+        own = [one for one in (longer_rows if longest > row_length else [shared]) if longest <= one <= most]
+        assert length in (own or [needed])
         full = max(1, batch_tokens // (length * row_multiple)) * row_multiple
         used = batch.rows[-1] + 1
         assert rows % row_multiple == 0 and used <= rows < used + row_multiple  # no device has nothing but padding
@@ -125,6 +128,16 @@ def test_a_text_beyond_the_budget_is_a_row():
     assert (one.texts.tolist(), one.starts.tolist(), one.shape) == ([0, 2, 1], [0, 5000, 5070], (1, 5120))
     first, second = pack([5120, 3], batch_tokens=100)
     assert (first.texts.tolist(), first.shape, second.shape) == ([0], (1, 5120), (1, 8))
+
+
+@pytest.mark.parametrize(
+    ("length", "batch_tokens", "groups", "shape"),
+    [(1100, 2048, 8, (8, 1152)), (1100, 2048, 1, (1, 2048)), (5, 100, 1, (1, 128)), (5, 300, 1, (2, 128))],
+)
+def test_the_budget_holds_for_rows_that_texts_share(length, batch_tokens, groups, shape):
+    """Of TPU's rows those of 1024 and more, and of 512 for short texts, where they are within it."""
+    batches = list(_ROWS["tpu"].pack([length] * 100, batch_tokens, groups))
+    assert batches[0].shape == shape
 
 
 def test_no_texts_and_bad_numbers():

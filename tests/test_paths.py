@@ -1,7 +1,10 @@
 """Folders written whole: on a disk by a rename, in a store by a marker that comes last."""
 
+import errno
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -57,6 +60,40 @@ def test_an_error_leaves_what_was(place):
         (folder / "last").write_text("half")
         raise RuntimeError("half")
     assert paths.files(place) == ["model/last"] and paths.read_text(model, "last") == "a"
+
+
+def test_what_others_have_beside_it_stays(tmp_path):
+    for name in ("model.partial", "model.older", ".model", ".model.m3jax-partial", ".model.b.12345678.m3jax-partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis").write_text("the only copy")
+    before = paths.files(tmp_path)
+    put(tmp_path / "model", last="a")
+    put(tmp_path / "model", last="b")
+    assert paths.files(tmp_path) == sorted([*before, "model/last"])
+
+
+def test_an_error_between_the_two_renames_leaves_what_was(tmp_path, monkeypatch):
+    put(tmp_path / "model", last="a")
+    rename = Path.rename
+
+    def broken(self, target):
+        if self.name == "partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(KeyboardInterrupt):
+        put(tmp_path / "model", last="b")
+    assert paths.files(tmp_path) == ["model/last"] and paths.read_text(tmp_path / "model", "last") == "a"
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"model: No space left on device while it was written; make room"),
+        paths.writing(tmp_path / "model", last="last", size=1),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert paths.files(tmp_path) == []
 
 
 def test_too_little_room(place, monkeypatch):
