@@ -116,9 +116,9 @@ def encode(
     they count toward max_length; a text of up to 256 tokens has its plain vector.
 
     batch_tokens bounds the tokens that the devices compute at once, padding included, but for one row on each, as long as the
-    longest text needs; None is 1024 on CPU, where a batch then stays in the caches, else 16384 a device. A batch that does not fit into
-    the device's memory is halved, with a warning. progress shows a bar on stderr; None shows one on a terminal after some
-    seconds.
+    longest text needs; None is 1024 on CPU, where a batch then stays in the caches, else 16384 a device. A batch that does not
+    fit into the device's memory is halved, with a warning. progress shows a bar on stderr; None shows one on a terminal after
+    some seconds.
 
     Texts are tokenised, computed and taken in beside each other. Where the parameters lie on a mesh (`load` puts them on all
     devices of the process), rows are split over it. Under jax.distributed, parameters on a mesh of several processes mean that
