@@ -126,3 +126,14 @@ def test_the_rate_is_of_all_devices(monkeypatch, dtype):
     assert matrix_rate(mesh, dtype) == 2 * 1024**3 * 4 * mesh.size
     assert set(ran) == {((mesh.size, 1024, 1024), dtype, mesh.size)}
     matrix_rate.cache_clear()
+
+
+def test_all_processes_measure_the_same_sizes(monkeypatch):
+    """This one's clock would go on to the next size, the first one's would not."""
+    sizes = []
+    monkeypatch.setattr(train.flops, "_seconds", lambda _, argument: sizes.append(argument.shape[1]) or 0.001)
+    monkeypatch.setattr(train.flops, "agreed", lambda slow: not slow)
+    matrix_rate.cache_clear()
+    matrix_rate(make_mesh(), "float32")
+    assert {*sizes} == {1024}
+    matrix_rate.cache_clear()

@@ -1,9 +1,12 @@
-"""A run that is asked to stop while it measures: what it saved, and that it goes on as one never stopped."""
+"""A run asked to stop while it measures goes on as one never stopped; what a run drops and refuses before its first step."""
 
+import gc
 import json
 import os
 import signal
+import weakref
 
+import jax
 import pytest
 
 pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
@@ -49,3 +52,33 @@ def test_asked_to_stop_while_it_measures_it_saves_and_measures_later(small_data,
     train.loop.train(stopped)
     assert scores(tmp_path / "stopped") == scores(tmp_path / "whole") and len(scores(tmp_path / "whole")) == 2
     assert steps(tmp_path / "stopped") == steps(tmp_path / "whole")
+
+
+class Enough(Exception):
+    pass
+
+
+def test_the_first_parameters_are_dropped_for_the_state_s(small_data, tmp_path, monkeypatch):
+    """Random ones lie whole on one device, beside its part of those that the mesh splits."""
+    first, start = [], train.loop.start_model
+
+    def started(config):
+        m3 = start(config)
+        first.extend(map(weakref.ref, jax.tree.leaves(m3.params)))
+        return m3
+
+    def stop(*_):
+        gc.collect()
+        left = sum(array() is not None for array in first)
+        raise Enough(f"{left} of {len(first)}")
+
+    monkeypatch.setattr(train.loop, "start_model", started)
+    monkeypatch.setattr(train.loop, "matrix_rate", stop)
+    with pytest.raises(Enough, match=r"^0 of [1-9]"):
+        train.loop.train(small_config(small_data, tmp_path, evaluate_untrained=False))
+
+
+def test_batches_are_refused_before_rows_are_tokenised(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.loop, "read_rows", lambda *_: pytest.fail("tokenised"))
+    with pytest.raises(ValueError, match="length_groups holds pairs"):
+        train.loop.train(small_config(small_data, tmp_path, length_groups=((16, 0),)))

@@ -21,8 +21,36 @@ def test_a_batch_divides_by_the_devices():
     assert [tuple(group) for group in length_groups(config, 4)] == [(64, 16), (128, 12)]
     with pytest.raises(ValueError, match=r"8 devices .* up to 128 tokens it is 12; the nearest sizes are 8 and 16$"):
         length_groups(config, 8)
-    with pytest.raises(ValueError, match=r"up to 64 tokens it is 16; the nearest sizes are 32$"):
+    both = r"up to 64 tokens it is 16; the nearest sizes are 32; up to 128 tokens it is 12; the nearest sizes are 32$"
+    with pytest.raises(ValueError, match=both):
         length_groups(config, 32)
+
+
+@pytest.mark.parametrize("group", [(0, 4), (64, 0), (64,), (64.0, 4)])
+def test_what_is_no_length_group(group):
+    config = base.get_config()
+    config.length_groups = ((64, 16), group)
+    with pytest.raises(ValueError, match="length_groups holds pairs"):
+        length_groups(config, 1)
+
+
+def test_weights_that_leave_nothing_to_train():
+    config = base.get_config()
+    config.update(functions=("sparse",), loss_weights=(1.0, 0.0, 1.0), distill_start=-1)
+    with pytest.raises(ValueError, match=r"loss_weights = \(1.0, 0.0, 1.0\), which is 0 for all of functions"):
+        check(config)
+    config.update(functions=("sparse", "dense"), hybrid_weights=(0.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"have: hybrid_weights = \(0.0, 0.0, 0.0\), which is 0"):
+        check(config)
+
+
+def test_self_distillation_that_never_starts_is_said(recwarn):
+    config = base.get_config()
+    check(config)
+    assert not recwarn.list
+    config.steps = config.distill_start = 1000
+    with pytest.warns(UserWarning, match="distill_start = 1000 is not reached in 1000 steps"):
+        check(config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from m3jax.config import M3Config
 from m3jax.losses import PARTS
 from m3jax.xlm_roberta import Remat
+from train.processes import agreed
 from train.sub_batch import ONE_PASS, SubBatches
 
 
@@ -85,7 +86,7 @@ def matrix_rate(mesh: Mesh, dtype: str) -> float:
             jax.block_until_ready(products(made))  # compiled
             seconds = min(_seconds(products, made) for _ in range(3))
         best = max(best, 2 * size**3 * mesh.size * _PRODUCTS / seconds)
-        if seconds > 0.02:
+        if agreed(seconds > 0.02):  # clocks differ, and all processes must go on to the next size or none
             break
     return best
 

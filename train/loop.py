@@ -38,10 +38,10 @@ from train.objective import hybrid_weights, loss_arguments
 from train.optimizer import make_optimizer
 from train.plan import plan
 from train.preemption import Preemption, Stopped
-from train.processes import agreed, first_then_others, is_first, on_host, placed
+from train.processes import agreed, first_then_others, is_first, on_host, placed, rows_held
 from train.release import card_of_run
 from train.report import write_report
-from train.start import check, listed, path_of, read_rows, read_sets, start_batches, start_model
+from train.start import check, length_groups, listed, path_of, read_rows, read_sets, start_batches, start_model
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
 from train.tasks import Task
@@ -75,8 +75,9 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     clock = _Clock()
     dev, tests = first_then_others(lambda: read_sets(config), "read the sets that measure")
     m3 = first_then_others(lambda: start_model(config), "read or make the model")
-    source = read_rows(config, m3.tokenizer)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
+    source = read_rows(config, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
@@ -93,6 +94,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     ):
         saved.check(m3.config)  # before anything is written
         state = make_state(m3.params, optimizer, mesh)
+        m3 = dataclasses.replace(m3, params={})  # the state has them; random ones lay whole on one device
         first = saved.last or 0
         untrained = _untrained(config, run, _model(m3, state), tests, going_on=first > 0)
         clock.lap("evaluate")

@@ -21,7 +21,8 @@ from train.data.pipeline import Batch
 from train.data.streams import Stream
 from train.flops import matrix_rate, step_flops
 from train.optimizer import make_optimizer
-from train.start import read_rows, read_sets, start_batches, start_model
+from train.processes import rows_held
+from train.start import length_groups, read_rows, read_sets, start_batches, start_model
 from train.step import TrainState, make_step
 from train.tables import format_duration
 
@@ -33,8 +34,9 @@ def plan(config: Config) -> dict[str, Any]:
     """
     read_sets(config)
     m3 = start_model(config, values=False)
-    source = read_rows(config, m3.tokenizer)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
+    source = read_rows(config, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
     say(describe(config, m3, len(source), mesh.size))
     optimizer, fixed = make_optimizer(config), FrozenConfigDict(config)

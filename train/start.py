@@ -96,8 +96,18 @@ def check(config: Config) -> None:
             f"checkpoints = {config.checkpoints!r}, expected a local folder or gs://…, the one store that Orbax writes to "
             "itself: mount another one as a folder"
         )
+    trained = [PARTS.index(function) for function in config.functions if function in PARTS]
+    for key in ("loss_weights", "hybrid_weights")[: len(trained)]:  # one function has no hybrid
+        if _three_from_0_or_none(config[key]) and config[key] and not any(config[key][place] for place in trained):
+            wrong.append(f"{key} = {config[key]}, which is 0 for all of functions = {config.functions}")
     if wrong:
         raise ValueError("settings that no run can have: " + "; ".join(wrong))
+    if config.distill_start >= config.steps:
+        warnings.warn(
+            f"distill_start = {config.distill_start} is not reached in {config.steps} steps: this run is without "
+            "self-distillation. Lower it, or say so with --config.distill_start=-1.",
+            stacklevel=2,
+        )
 
 
 def _some_of(names: Sequence[str], given: Sequence[str]) -> bool:
@@ -249,18 +259,27 @@ def start_batches(config: Config, source: RowSource, mesh: Mesh, model: M3Config
 
 
 def length_groups(config: Config, rows: int) -> list[LengthGroup]:
-    """The config's length groups; ValueError where a batch does not divide by the devices that share its rows."""
+    """The config's length groups; ValueError that lists each whose batch does not divide by the devices that share its rows."""
     for group in config.length_groups:
-        if not (isinstance(group, tuple | list) and len(group) == 2 and all(isinstance(x, int) for x in group)):
+        if not (
+            isinstance(group, tuple | list)
+            and len(group) == 2
+            and all(isinstance(x, int) and x >= least for x, least in zip(group, (2, 1), strict=True))
+        ):
             raise ValueError(
-                "length_groups holds pairs (longest text in tokens, queries in a batch), like ((128, 96), (512, 24)); "
-                f"got {config.length_groups}"
+                "length_groups holds pairs (longest text in tokens, from 2 up; queries in a batch, from 1 up), like "
+                f"((128, 96), (512, 24)); got {config.length_groups}"
             )
-        length, batch = group
-        if batch % rows:
-            near = batch // rows * rows
-            raise ValueError(
-                f"the batch of a length group must divide by the {rows} devices of the axes data × fsdp: up to {length} "
-                f"tokens it is {batch}; the nearest sizes are {f'{near} and ' if near else ''}{near + rows}"
+    wrong = []
+    for length, batch in config.length_groups:
+        near = batch // rows * rows
+        if near != batch:
+            wrong.append(
+                f"up to {length} tokens it is {batch}; the nearest sizes are {f'{near} and ' if near else ''}{near + rows}"
             )
+    if wrong:
+        raise ValueError(
+            f"the batch of a length group must divide by the {rows} devices of the axes data × fsdp: "
+            + "; ".join(wrong)
+        )
     return [LengthGroup(*group) for group in config.length_groups]
