@@ -98,10 +98,7 @@ def colbert_scores(
     Masked tokens take no part at all (the peer leaves zeros in their place, which floors the max at 0). A text without
     a single token scores 0 against everything.
     """
-    # Whatever stands at masked tokens, NaN included, must not reach a sum as 0 · NaN.
-    queries = jnp.where(query_mask[:, :, None], queries, 0.0)
-    passages = jnp.where(passage_mask[:, :, None], passages, 0.0)
-    return _colbert(queries, query_mask, passages, passage_mask)
+    return _colbert(_masked(queries, query_mask), query_mask, passages, passage_mask)
 
 
 @jax.custom_vjp
@@ -115,6 +112,7 @@ def _colbert_forward(queries, query_mask, passages, passage_mask):
 
     def block(one):
         vectors, mask = map(_everywhere, one)
+        vectors = _masked(vectors, mask)  # of a block: a copy of all would be as large as what a batch keeps
         # In this order of axes it is one matrix product as the arrays lie, [p·j, c] × [c, q·i]; "pqij" takes twice as long.
         similar = jnp.einsum("pjc,qic->pjqi", vectors, queries, preferred_element_type=jnp.float32)
         similar = jnp.where(mask[:, :, None, None], similar, -jnp.inf)
@@ -136,7 +134,8 @@ def _colbert_backward(kept, gradient):
 
     def block(to_queries, one):
         vectors, mask, near, given = one
-        vectors, mask = _everywhere(vectors), _everywhere(mask)
+        mask = _everywhere(mask)
+        vectors = _masked(_everywhere(vectors), mask)
         given = jnp.where(mask.any(axis=1)[:, None], given, 0.0)[:, :, None] * share
         chosen = jnp.where(near[:, None] == jnp.arange(length)[:, None, None], given[:, None], 0.0)
         to_passages = jnp.einsum("pjqi,qic->pjc", chosen, queries, preferred_element_type=jnp.float32)
@@ -151,6 +150,11 @@ def _colbert_backward(kept, gradient):
 
 
 _colbert.defvjp(_colbert_forward, _colbert_backward)
+
+
+def _masked(vectors: Array, mask: Array) -> Array:
+    """Whatever stands at masked tokens, NaN included, must not reach a sum as 0 · NaN."""
+    return jnp.where(mask[..., None], vectors, jnp.zeros((), vectors.dtype))
 
 
 def _shares(query_mask: Array) -> Array:

@@ -20,6 +20,8 @@ from jaxtyping import install_import_hook
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from m3jax.tokenization import Tokenizer
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -109,3 +111,17 @@ def small_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_json: st
     directory = tmp_path_factory.mktemp("data")
     write_set(directory, tiny_tokenizer_json)
     return directory
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Callable[[list[str]], None]]":
+    """command_line(arguments): sys.argv, where ml_collections looks for the keys that are changed.
+
+    It defines a flag for each of them, which the next command line of this process would find defined.
+    """
+    from absl import flags
+
+    before = {*flags.FLAGS}
+    yield lambda arguments: monkeypatch.setattr(sys, "argv", arguments)
+    for name in {*flags.FLAGS} - before:
+        delattr(flags.FLAGS, name)

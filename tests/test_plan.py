@@ -1,7 +1,6 @@
 """The plan of a small run beside what the run itself would count; what it leaves, and what it refuses."""
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -122,14 +121,14 @@ def test_what_a_person_sees(planned, config, small_data, capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_it_leaves_no_run(planned, config, tmp_path, monkeypatch, capfd):
+def test_it_leaves_no_run(planned, config, tmp_path, command_line, capfd):
     assert not Path(config.output).exists()
     flat = {name: value for name, value in config.items() if not isinstance(value, ConfigDict)}
     nested = {f"{part}.{name}": value for part in ("model", "data") for name, value in config[part].items()}
     settings = flat | nested | {"output": tmp_path / "run"}
     flags = [f"--config.{name}={value}" for name, value in settings.items() if value != ""]
     arguments = ["train.main", f"--config={ROOT / 'configs' / 'base.py'}", *flags]
-    monkeypatch.setattr(sys, "argv", arguments)  # where ml_collections looks for the keys that are changed
+    command_line(arguments)
     program.main(program.parse(arguments))
     shown = capfd.readouterr().out
     assert "compiling for 3 queries of 8 tokens and 6 passages of 14" in shown and "  checkpoint  " in shown

@@ -308,6 +308,23 @@ def test_products_of_half_precision_add_up_in_float32():
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_colbert_gradients_in_halves_are_the_exact_ones_rounded_once():
+    queries, passages = both(20)
+    halves = jnp.asarray(queries.colbert, jnp.bfloat16), jnp.asarray(passages.colbert, jnp.bfloat16)
+
+    def total(q, p):
+        found = colbert_scores(q, jnp.asarray(queries.colbert_mask), p, jnp.asarray(passages.colbert_mask))
+        return (found * jnp.cos(jnp.arange(20.0).reshape(4, 5))).sum()
+
+    step = jax.jit(jax.value_and_grad(total, (0, 1)))
+    value, got = step(*halves)
+    exact, expected = step(*(x.astype(jnp.float32) for x in halves))
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == jnp.bfloat16 and b.any()
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=1e-6)
+
+
 def array_shapes(jaxpr):
     """Shapes of all arrays that a jaxpr makes, those of inner jaxprs included."""
     own = {v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars}

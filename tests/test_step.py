@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 pytest.importorskip("optax", reason="training needs the train extra")
 
+import m3jax.scores
 import train.step
 from configs import base
 from m3jax.config import M3Config
@@ -20,6 +22,7 @@ from m3jax.sharding import make_mesh
 from train.data.pipeline import Batch
 from train.optimizer import make_optimizer
 from train.step import TrainState, loss_and_parts, make_state, make_step
+from train.sub_batch import SubBatches
 
 MODEL = M3Config.tiny(
     vocab_size=40,
@@ -243,6 +246,31 @@ def test_bfloat16_is_close(params, value_and_gradient):
         assert float(rounded[name]) == pytest.approx(float(exact[name]), rel=0.05), name
     gradient, _ = jax.eval_shape(jax.grad(loss, has_aux=True), params, batch())
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+def test_of_all_passages_token_vectors_are_there_in_halves_alone(params, monkeypatch):
+    """And never as a masked copy: at 8192 tokens they are what limits the batch."""
+    monkeypatch.setattr(m3jax.scores, "_BLOCK_ELEMENTS", 1)
+    settings = config(dtype="bfloat16")
+
+    def loss(params, rows):
+        return loss_and_parts(MODEL, settings, params, rows, True, jax.random.key(1), SubBatches(ROWS, ROWS * GROUP))[0]
+
+    def equations(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for inner in jaxprs_in_params(equation.params):
+                yield from equations(inner)
+
+    size = ROWS * GROUP * LENGTH * MODEL.colbert_dim
+    made = {
+        (equation.primitive.name, str(out.aval.dtype))
+        for equation in equations(jax.make_jaxpr(jax.grad(loss))(params, batch()).jaxpr)
+        for out in equation.outvars
+        if out.aval.size == size
+    }
+    assert ("reshape", "bfloat16") in made
+    assert not {(name, dtype) for name, dtype in made if dtype == "float32" or name == "select_n"}, made
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,9 @@ def loss_and_parts(
     def encode(ids: jax.Array, mask: jax.Array, keys: jax.Array) -> Representations:
         # Cast in here: what the parts give to the gradient of a parameter is summed in float32.
         ours = _cast_kernels(params, config.dtype)
-        return apply(model, ours, ids, mask, dropout=config.dropout, key=keys, remat=config.remat)
+        found = apply(model, ours, ids, mask, dropout=config.dropout, key=keys, remat=config.remat)
+        # Of all that a batch keeps these grow with its tokens, in halves half as much; their products have float32 sums.
+        return dataclasses.replace(found, colbert=found.colbert.astype(config.dtype))
 
     query_key, passage_key = jax.random.split(key)
     rows, count = len(batch.query_ids), len(batch.passage_ids)
@@ -109,11 +111,15 @@ def _cast_kernels(params: Params, dtype: str) -> Params:
 
 # The scores of the first numbers of each vector alone, normalised again (Matryoshka).
 _SCORES = {
-    "dense": lambda width, q, p: dense_scores(normalize(q.dense[:, :width]), normalize(p.dense[:, :width])),
+    "dense": lambda width, q, p: dense_scores(_narrow(q.dense, width), _narrow(p.dense, width)),
     "colbert": lambda width, q, p: colbert_scores(
-        normalize(q.colbert[..., :width]), q.colbert_mask, normalize(p.colbert[..., :width]), p.colbert_mask
+        _narrow(q.colbert, width), q.colbert_mask, _narrow(p.colbert, width), p.colbert_mask
     ),
 }
+
+
+def _narrow(vectors: jax.Array, width: int) -> jax.Array:
+    return normalize(vectors[..., :width].astype(jnp.float32)).astype(vectors.dtype)
 
 
 def precision(dtype: str) -> str:

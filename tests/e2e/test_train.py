@@ -459,7 +459,7 @@ def test_which_query_is_the_example(ran):
     assert all(worked_example(m3, task, runs, none, "", lengths=(8, 8)) is None for none in ("*.xx", "*.yy"))
 
 
-def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, monkeypatch, capfd):
+def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, monkeypatch, command_line, capfd):
     """configs/quickstart.py as it stands but for sizes, through the program's own flags and the "cldr" paths."""
     seeds = []
 
@@ -472,7 +472,7 @@ def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, mon
     changes |= {"output": tmp_path / "run", "data.folder": tmp_path / "data"}
     flags = [f"--config.{name}={value}" for name, value in changes.items()]
     arguments = ["train.main", f"--config={ROOT / 'configs' / 'quickstart.py'}", *flags]
-    monkeypatch.setattr(sys, "argv", arguments)  # where ml_collections looks for the keys that are changed
+    command_line(arguments)
     assert program.parse(arguments) == arguments[:1]
     program.main(arguments[:1])
     shown = capfd.readouterr()
