@@ -107,18 +107,20 @@ def encode(
     """The representations of texts, in their order; what is not asked for is None.
 
     max_length: tokens, `<s>` and `</s>` included; None is the model's (8192 for bge-m3). A longer text is cut to it, with
-    one warning that counts such texts. One str gives unbatched values. `[]` gives Embeddings of no rows; `""` is the text
-    of no tokens: a dense vector, no lexical weight, one colbert vector (that of `</s>`).
+    one warning that counts such texts (Python shows the same warning of the same line once, unless
+    `warnings.simplefilter("always")` says otherwise). One str gives unbatched values. `[]` gives Embeddings of no rows; `""` is
+    the text of no tokens: a dense vector, no lexical weight, one colbert vector (that of `</s>`).
 
     instruction: prepended to every text as it stands, for models trained with one ("query: "); bge-m3 has none. truncate_dim:
     keep the first numbers of dense and colbert vectors and normalise again, for models trained for it. mcls: a CLS token before
     every 256 tokens, the dense vector from all of them (PAPER §5), better on long texts that the model was not trained on;
-    they count toward max_length; a text of up to 256 tokens has its plain vector.
+    they count toward max_length; a text of up to 256 tokens has its plain vector, to the bit in a call that has no longer one
+    (longer ones have more tokens than without mcls, so batches are others, and rounding as from batch to batch).
 
     batch_tokens bounds the tokens that the devices compute at once, padding included, but for one row on each, as long as the
-    longest text needs; None is 1024 on CPU, where a batch then stays in the caches, else 16384 a device. A batch that does not fit into
-    the device's memory is halved, with a warning. progress shows a bar on stderr; None shows one on a terminal after some
-    seconds.
+    longest text needs; None is 1024 on CPU, where a batch then stays in the caches, else 16384 a device. A batch that does not
+    fit into the device's memory is halved, with a warning. progress shows a bar on stderr; None shows one on a terminal after
+    some seconds.
 
     Texts are tokenised, computed and taken in beside each other. Where the parameters lie on a mesh (`load` puts them on all
     devices of the process), rows are split over it. Under jax.distributed, parameters on a mesh of several processes mean that
