@@ -101,7 +101,10 @@ def test_frozen_and_hashable():
         ("{", "expected JSON"),
         ("[]", "expected a JSON object of sizes, got a list"),
         (json.dumps(RELEASED | {"hidden_size": "64"}), "hidden_size = '64', expected an integer of at least 1"),
-        (json.dumps(RELEASED | {"num_attention_heads": 0}), "num_attention_heads = 0, expected an integer of at least 1"),
+        (
+            json.dumps(RELEASED | {"num_attention_heads": 0}),
+            "num_attention_heads = 0, expected an integer of at least 1",
+        ),
         (json.dumps(RELEASED | {"pad_token_id": None}), "pad_token_id = None, expected an integer of at least 0"),
         (json.dumps(RELEASED | {"vocab_size": True}), "vocab_size = True, expected an integer"),
         (json.dumps(RELEASED | {"layer_norm_eps": "1e-5"}), "layer_norm_eps = '1e-5', expected a number of at least 0"),

@@ -240,7 +240,9 @@ def test_nan_is_past_every_tolerance():
     "option", [("--texts", "/no/such"), ("--max-length", "3"), ("--a-with", "torch"), ("--b-with", "torch")]
 )
 def test_published_scores_take_no_other_option(released, option):
-    with pytest.raises(SystemExit, match=f"error: --published runs texts of its own; {option[0]} are for two models, leave them out"):
+    with pytest.raises(
+        SystemExit, match=f"error: --published runs texts of its own; {option[0]} are for two models, leave them out"
+    ):
         main(["verify", "--published", str(released), *option])
 
 
