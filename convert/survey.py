@@ -16,7 +16,17 @@ import numpy as np
 from m3jax import M3, M3Config, checkpoint
 from m3jax.model import flatten, shapes
 from m3jax.tokenization import Tokenizer
-from m3jax.weights import HEAD_FILES, MLM_PREFIX, UNUSED, other_modules, read_file, torch_name, weight_files
+from m3jax.weights import (
+    ANY_WEIGHTS,
+    HEAD_FILES,
+    LAST_WEIGHTS,
+    MLM_PREFIX,
+    UNUSED,
+    other_modules,
+    read_file,
+    torch_name,
+    weight_files,
+)
 
 _ADD_FILES = "add the missing files; a tokenizer.json is what transformers' AutoTokenizer writes with save_pretrained"
 _ADD_HEADS = "add the two head files, or start from random heads, to train them: m3jax.load(…, heads='init')"
@@ -45,6 +55,7 @@ class Survey:
     config: M3Config | None = None
     tokenizer: Tokenizer | None = None
     tensors: dict[str, Stored] = dataclasses.field(default_factory=dict)
+    prefixed: bool = False  # names began with that of masked-language models, which is taken off
     unused: list[str] = dataclasses.field(default_factory=list)  # tensors that are known and not read
     others: list[str] = dataclasses.field(default_factory=list)  # weights.other_modules
     problems: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -59,6 +70,7 @@ def survey(path: Path) -> Survey:
             "put it into a directory with config.json, tokenizer.json and the two head files"
         )
         _take(found, [path.name], path.parent)
+        _take_off_prefix(found)
     elif is_checkpoint:
         found.config, found.tokenizer = checkpoint.describe(path)
         for name, x in checkpoint.stored_shapes(path).items():
@@ -66,14 +78,9 @@ def survey(path: Path) -> Survey:
             found.tensors[_name(name)] = Stored("Orbax", shape, x.dtype)
     else:
         _read_directory(found)
-    prefixed = any(name.startswith(MLM_PREFIX) for name in found.tensors)
-    tensors = {
-        name if (short := name.removeprefix(MLM_PREFIX)) in found.tensors else short: tensor
-        for name, tensor in found.tensors.items()
-    }
-    found.unused = [k for k in tensors if UNUSED.search(k) or (prefixed and k.startswith("lm_head."))]
-    found.tensors = {name: tensor for name, tensor in tensors.items() if name not in found.unused}
-    found.kind = "Orbax checkpoint of m3jax" if is_checkpoint else _kind(found, prefixed)
+    found.unused = [k for k in found.tensors if UNUSED.search(k) or (found.prefixed and k.startswith("lm_head."))]
+    found.tensors = {name: tensor for name, tensor in found.tensors.items() if name not in found.unused}
+    found.kind = "Orbax checkpoint of m3jax" if is_checkpoint else _kind(found)
     if found.config is not None and not is_checkpoint:
         # What a released config.json does not say; a checkpoint of ours does.
         colbert = found.tensors.get("colbert_linear.weight")
@@ -126,12 +133,13 @@ def _read_directory(found: Survey) -> None:
             found.problems[str(error)] = f"write or download {name} again"
             return None
 
-    found.config = checked("config.json", lambda path: M3Config.from_json(path.read_text("utf-8"), source=str(path)))
+    found.config = checked("config.json", M3Config.from_file)
     found.tokenizer = checked("tokenizer.json", Tokenizer.from_file)
     try:
         _take(found, weight_files(found.path), found.path)
     except ValueError as error:
         found.problems[str(error)] = "write or download the index of the shards again"
+    _take_off_prefix(found)
     try:
         found.others = other_modules(found.path)
     except ValueError as error:
@@ -148,9 +156,7 @@ def _read_directory(found: Survey) -> None:
 def _take(found: Survey, files: Sequence[str], folder: Path, prefix: str = "") -> None:
     for file in files:
         if not (folder / file).exists():
-            none = file == "pytorch_model.bin"  # the last of the forms that are looked for
-            name = f"model.safetensors, its shards, or {file}" if none else file
-            found.problems[f"missing file: {name}"] = _ADD_FILES
+            found.problems[f"missing file: {ANY_WEIGHTS if file == LAST_WEIGHTS else file}"] = _ADD_FILES
             continue
         try:
             tensors = read_file(folder / file)
@@ -170,9 +176,18 @@ def _name(path: str) -> str:
         return path  # none of our parameters; who compares the names says so
 
 
-def _kind(found: Survey, prefixed: bool) -> str:
+def _take_off_prefix(found: Survey) -> None:
+    """Before heads are looked for: they may be among the weights, under the prefix too."""
+    found.prefixed = any(name.startswith(MLM_PREFIX) for name in found.tensors)
+    found.tensors = {
+        name if (short := name.removeprefix(MLM_PREFIX)) in found.tensors else short: tensor
+        for name, tensor in found.tensors.items()
+    }
+
+
+def _kind(found: Survey) -> str:
     names = set(found.tensors)
-    if prefixed:
+    if found.prefixed:
         return f"masked-language model of transformers (names with the prefix {MLM_PREFIX})"
     if found.path.is_file():
         return "head of an M3 model" if names == {"weight", "bias"} else "weights"

@@ -57,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> None:
     """Print the differences; SystemExit(1) where one is past its tolerance, ValueError where nothing can be compared."""
     if given.published is not None and not given.models:
+        of_two = {"--texts": given.texts, "--max-length": given.max_length}
+        of_two |= {"--a-with": given.a_with, "--b-with": given.b_with}
+        if came := [name for name, value in of_two.items() if value is not None]:
+            raise ValueError(f"--published runs texts of its own; {', '.join(came)} are for two models, leave them out")
         return published.check(given.published)
     if given.published is not None or len(given.models) != 2:
         raise ValueError(f"verify takes two models, or --published and its directory; got {len(given.models)} models")
@@ -65,16 +69,16 @@ def run(given: argparse.Namespace) -> None:
 
 
 def compare_models(given: argparse.Namespace, paths: Sequence[Path]) -> None:
-    """Encode with both and print what differs."""
+    """Encode with both, which are in these directories, and print what differs."""
     longest = min(_config(path).max_length for path in paths)
     length = given.max_length or min(_LENGTH, longest)
     if not 2 <= length <= longest:
         raise ValueError(f"--max-length must be what both models can read, 2 to {longest} tokens, got {length}")
     texts = read_texts(given.texts) if given.texts else default_texts(length)
     answers = []
-    for side, path, framework in zip("AB", paths, (given.a_with, given.b_with), strict=True):
+    for side, name, path, framework in zip("AB", given.models, paths, (given.a_with, given.b_with), strict=True):
         framework = framework or default_framework(path)
-        print(f"{side}: {path}, run by {'PyTorch and transformers' if framework == 'torch' else 'm3jax'} in float32")
+        print(f"{side}: {name}, run by {'PyTorch and transformers' if framework == 'torch' else 'm3jax'} in float32")
         answers.append(encode(path, framework, texts, length))
     print(f"{len(texts)} texts, cut to {length} tokens where they are longer")
     found = compare(*answers)
@@ -152,8 +156,7 @@ def compare(a: Embeddings, b: Embeddings) -> list[Difference]:
 def _config(path: Path) -> M3Config:
     if checkpoint.is_checkpoint(path):
         return checkpoint.describe(path)[0]
-    config = path / "config.json"
-    return M3Config.from_json(config.read_text(encoding="utf-8"), source=str(config))
+    return M3Config.from_file(path / "config.json")
 
 
 def _past_cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

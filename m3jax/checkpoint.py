@@ -150,7 +150,7 @@ def describe(directory: str | Path) -> tuple[M3Config, Tokenizer]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         return M3Config(**described["config"]), Tokenizer.from_json(described["tokenizer"])
-    except (json.JSONDecodeError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{path}: expected config and tokenizer of a model, {error}; take another step") from error
 
 

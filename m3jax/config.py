@@ -5,6 +5,9 @@ Not here: anything of a run (batch, learning rate, paths), which lives in config
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # What the encoder computes and cannot compute otherwise; a config.json that says something else is refused.
@@ -17,7 +20,8 @@ class M3Config:
 
     `max_position_embeddings` counts the rows of the position table; its first two are never a token's, so 8194 rows hold
     texts of 8192 tokens (`max_length`). `colbert_dim` is the width of the colbert vectors. `pooler` says whether the
-    parameters hold XLM-R's pooler, which M3 never reads but released files carry.
+    parameters hold XLM-R's pooler, which M3 never reads but released files carry. ValueError where a field is not of its type
+    or cannot be.
 
     >>> M3Config().max_length
     8192
@@ -40,6 +44,8 @@ class M3Config:
     pooler: bool = True
 
     def __post_init__(self) -> None:
+        if wrong := [f"{name} = {value!r}, expected {rule}" for name, value, rule in self._unlike_their_type()]:
+            raise ValueError("; ".join(wrong))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
@@ -50,6 +56,17 @@ class M3Config:
                 "max_position_embeddings must leave room for <s> and </s> after the rows up to pad_token_id, expected "
                 f"at least {self.pad_token_id + 3}, got {self.max_position_embeddings}"
             )
+
+    def _unlike_their_type(self) -> Iterator[tuple[str, Any, str]]:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name.endswith("_id") else 1
+            if field.type is int and not (type(value) is int and value >= least):
+                yield field.name, value, f"an integer of at least {least}"
+            elif field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
+                yield field.name, value, "a number of at least 0"
+            elif field.type is bool and type(value) is not bool:
+                yield field.name, value, "true or false"
 
     @property
     def max_length(self) -> int:
@@ -65,6 +82,15 @@ class M3Config:
     def unused_ids(self) -> tuple[int, int, int, int]:
         """Ids that give no lexical term: CLS, EOS, PAD, UNK (PAPER §1)."""
         return (self.cls_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "M3Config":
+        """Read a released `config.json`; ValueError as `from_json`, naming the path, also where it is no UTF-8."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8, {error}; download or write it again") from error
+        return cls.from_json(text, source=str(path))
 
     @classmethod
     def bge_m3(cls) -> "M3Config":
@@ -89,7 +115,8 @@ class M3Config:
     def from_json(cls, text: str, source: str = "config.json") -> "M3Config":
         """Read a released `config.json` (or one that `to_json` wrote); keys that do not change the model are passed over.
 
-        Raises ValueError, naming `source`, where it is not JSON, describes another architecture or lacks a size.
+        Raises ValueError, naming `source`, where it is not JSON, describes another architecture, lacks a size, or has one that
+        cannot be.
         """
         try:
             given = json.loads(text)
@@ -98,20 +125,17 @@ class M3Config:
         if not isinstance(given, dict):
             raise ValueError(f"{source}: expected a JSON object of sizes, got a {type(given).__name__}")
         wrong = [f"{k} = {given[k]!r}, expected {v!r}" for k, v in _FIXED.items() if given.get(k, v) != v]
+        wrong += [f"{name} is missing" for name in sorted(_SIZES - given.keys())]
+        if wrong:
+            raise ValueError(f"{source} must describe an XLM-RoBERTa encoder: {'; '.join(wrong)}")
         names = {field.name for field in dataclasses.fields(cls)}
-        missing = sorted(n for n in _SIZES if n not in given)
-        wrong += [
-            f"{n} = {given[n]!r}, expected an integer" for n in _SIZES if n in given and type(given[n]) is not int
-        ]
-        if wrong or missing:
-            raise ValueError(
-                f"{source} must describe an XLM-RoBERTa encoder: "
-                + "; ".join(wrong + [f"{n} is missing" for n in missing])
-            )
         known = {k: v for k, v in given.items() if k in names}
         if given.get("bos_token_id") is not None:
             known["cls_token_id"] = given["bos_token_id"]
-        return cls(**({"colbert_dim": given["hidden_size"]} | known))
+        try:
+            return cls(**({"colbert_dim": given["hidden_size"]} | known))
+        except ValueError as error:
+            raise ValueError(f"{source} must describe an XLM-RoBERTa encoder: {error}") from error
 
     def to_json(self) -> str:
         """The `config.json` that transformers, FlagEmbedding and `from_json` read."""
@@ -128,11 +152,11 @@ class M3Config:
         return json.dumps(dict(sorted((sizes | _FIXED | extra).items())), indent=2) + "\n"
 
 
-_SIZES = (
+_SIZES = {
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "intermediate_size",
     "max_position_embeddings",
-)
+}

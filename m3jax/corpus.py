@@ -22,6 +22,7 @@ from m3jax.embeddings import Embeddings
 from m3jax.encoding import make_plan, run, say_cut
 from m3jax.model import M3
 from m3jax.shards import COLBERT_DTYPES, ColbertDtype
+from m3jax.tokenization import utf8
 
 # A shard with colbert is closed before its vectors could take more than this in float32, if every character were a token:
 # a shard is in memory whole, and 8192 texts of 8192 tokens and width 1024 would be 256 GiB.
@@ -92,6 +93,8 @@ def encode_to(
 
     done = shards.there(directory)
     finished = (directory / shards.FINISHED).is_file()
+    if finished:
+        shards.open_embeddings(directory)  # refuses one that has lost shards
     _wait_for_all("m3jax.encode_to: every process knows what is there")
     count = len(texts) if isinstance(texts, Sized) else None
     most = COLBERT_BYTES // (4 * (truncate_dim or m3.config.colbert_dim)) if colbert else None
@@ -189,7 +192,7 @@ def _groups(
     digest = hashlib.blake2b(digest_size=16)
     index = start = tokens = 0
     for row, text in enumerate(texts):
-        encoded = _encoded(text, row)
+        encoded = utf8(text, f"encode_to: text {row}")
         own = tokens_of(text)
         if group and (len(group) == shard_texts or (most is not None and tokens + own > most)):
             yield _Group(index, start, group, digest.hexdigest())
@@ -198,18 +201,6 @@ def _groups(
         tokens += own
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     yield _Group(index, start, group, digest.hexdigest())
-
-
-def _encoded(text: str, row: int) -> bytes:
-    if not isinstance(text, str):
-        raise ValueError(f"encode_to: text {row} must be a str; {type(text).__name__} came: {text!r:.80}")
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"encode_to: text {row} is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}; "
-            "decode the source again, or use text.encode('utf-8', 'replace').decode()"
-        ) from error
 
 
 def _check_same(directory: Path, group: _Group) -> None:

@@ -22,7 +22,7 @@ from m3jax.collected import Arrays, Collected
 from m3jax.config import M3Config
 from m3jax.forward import Asked, Results, backend, forward, mesh_of, row_groups
 from m3jax.model import M3
-from m3jax.tokenization import MCLS_RUN
+from m3jax.tokenization import MCLS_RUN, utf8
 
 Key = TypeVar("Key")
 
@@ -139,8 +139,9 @@ def run(
     the texts of at most three more parts are read. taken_in is told numbers of texts, for a progress bar. Both are called from
     the thread that starts batches and takes them in, which waits for them.
 
-    An error of reading `parts` comes through when what came before is delivered, every other at once. Ctrl-C returns at once:
-    no batch is started and nothing delivered after it, and a process that then ends does not wait for the batches at work.
+    An error of reading `parts` comes through when what came before is delivered, every other when the next part is read, or at
+    once where none is awaited. Ctrl-C returns at once: no batch is started and nothing delivered after it, and a process that
+    then ends does not wait for the batches at work.
     """
     stop = Event()
     device = _Device(m3, plan, stop, deliver, taken_in)
@@ -155,8 +156,7 @@ def run(
             if stop.is_set():
                 raise CancelledError
             texts = [plan.instruction + text for text in window.texts[some]]
-            first, before = window.first + some.start, len(plan.instruction)
-            more, longer = m3.tokenizer.encode(texts, plan.max_length, mcls=plan.mcls, first=first, before=before)
+            more, longer = m3.tokenizer.encode(texts, plan.max_length, mcls=plan.mcls)
             ids += more
             cut += longer
         return _Tokenised(ids, cut, list(device.pack([len(row) for row in ids])))
@@ -207,8 +207,7 @@ def _windows(parts: Iterable[tuple[Any, Sequence[str]]]) -> Iterator[_Window]:
     number = 0
     for key, texts in parts:
         for index, text in enumerate(texts):  # here too: a corpus is not to fail halfway
-            if not isinstance(text, str):
-                raise ValueError(f"texts[{index}] must be a str; {type(text).__name__} came: {text!r:.80}")
+            utf8(text, f"texts[{index}]")
         for some in _slices(texts, _WINDOW_TEXTS, _WINDOW_CHARACTERS):
             number += 1
             yield _Window(number, key, len(texts), some.start, texts[some])

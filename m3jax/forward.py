@@ -18,7 +18,7 @@ from m3jax.batching import PackedIds
 from m3jax.config import M3Config
 from m3jax.heads import Heads, packed_dense
 from m3jax.model import Params
-from m3jax.sharding import BATCH, make_mesh
+from m3jax.sharding import AXES, BATCH, make_mesh
 from m3jax.xlm_roberta import Embeddings, Layer
 
 
@@ -80,9 +80,19 @@ def backend(params: Params) -> Literal["cpu", "gpu", "tpu"]:
 
 
 def row_groups(params: Params) -> int:
-    """Over how many groups of devices the rows of a batch are split: their number must divide by it."""
+    """Over how many groups of devices the rows of a batch are split: their number must divide by it.
+
+    ValueError where parameters lie on a mesh that is none of ours.
+    """
     mesh = mesh_of(params)
-    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in _BATCH_AXES]))
+    if mesh is None:
+        return 1
+    if mesh.axis_names != AXES:
+        raise ValueError(
+            f"parameters on a mesh must be on one with the axes {AXES}, as m3jax.sharding.make_mesh makes, got "
+            f"{mesh.axis_names}; place them on such a one"
+        )
+    return int(np.prod([mesh.shape[axis] for axis in _BATCH_AXES]))
 
 
 _BATCH_AXES: Any = BATCH[0]

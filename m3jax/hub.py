@@ -15,8 +15,8 @@ from typing import Any
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|xlm-roberta-(base|large)", re.ASCII)
 
 _ALWAYS = ("config.json", "tokenizer.json")
-_INDEX = "model.safetensors.index.json"
-_WEIGHTS = ("model.safetensors", _INDEX, "pytorch_model.bin")  # the first that is there, in the order of weights.read
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")  # the first that is there, in the order of weights.read
 _HEADS = ("sparse_linear.pt", "colbert_linear.pt")
 _MODULES = ("modules.json", "1_Pooling/config.json")  # two small files, by which weights.read knows a mean over tokens
 
@@ -80,7 +80,7 @@ def fetch(source: str | Path, *, revision: str | None = None) -> Path:
     needed = _needed(
         at,
         sizes,
-        lambda: Path(_download(source, _INDEX, info.sha)),
+        lambda: Path(_download(source, INDEX, info.sha)),
         "take a revision or repository that has them, or make a directory with them (the tokenizer.json is what "
         "transformers' AutoTokenizer writes with save_pretrained)",
     )
@@ -120,9 +120,9 @@ def _download(source: str, file: str, revision: str | None, *, dry_run: bool = F
 
 def _needed(at: str, there: Collection[str], index: Callable[[], Path], advice: str) -> list[str]:
     """The files to have, from the names of those that are there; index gives the path of the sharded weights' index."""
-    weights = next((form for form in _WEIGHTS if form in there), None)
-    needed = [*_ALWAYS, weights or " or ".join(_WEIGHTS)]
-    if weights == _INDEX:
+    weights = next((form for form in WEIGHTS if form in there), None)
+    needed = [*_ALWAYS, weights or " or ".join(WEIGHTS)]
+    if weights == INDEX:
         needed += _shards(at, index())
     missing = [file for file in needed if file not in there]
     if missing:
@@ -136,7 +136,7 @@ def _shards(at: str, index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f'{at}: {_INDEX} must be JSON {{"weight_map": {{tensor: file}}}}, but is not ({error!r}); take another revision'
+            f'{at}: {INDEX} must be JSON {{"weight_map": {{tensor: file}}}}, but is not ({error!r}); take another revision'
         ) from error
 
 
@@ -155,7 +155,7 @@ def _cached(source: str, revision: str | None, at: str, error: Exception) -> Pat
         ) from error
     directory = Path(config).parent
     there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    _needed(f"{why}, and of {at} the cache has a part only", there, lambda: directory / _INDEX, advice)
+    _needed(f"{why}, and of {at} the cache has a part only", there, lambda: directory / INDEX, advice)
     without = [head for head in _HEADS if head not in there]
     if not offline or without:
         # A copy that another program fetched may lack heads that the repository has.

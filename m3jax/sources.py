@@ -36,13 +36,22 @@ def read(
 
 @contextmanager
 def local(source: str | Path, *, revision: str | None = None) -> Iterator[Path]:
-    """The directory where a model's files are while the block lasts: fetched from the hub or a store where they are there."""
+    """The directory where a model's files are while the block lasts: fetched from the hub or a store where they are there.
+
+    ValueError where a revision is given with anything but a name on the hub.
+    """
+    if revision is not None and paths.is_url(source):
+        raise ValueError(f"revision is for names on the hub, but {str(source)!r} is a URL; leave revision out")
     with paths.reading(source, _needed) as there:
         yield Path(there) if paths.is_url(source) else hub.fetch(there, revision=revision)
 
 
 def _needed(there: Sequence[str]) -> Sequence[str]:
-    """The files to copy from a store: the last step's model of checkpoints, else everything at the top and configs below."""
-    return checkpoint.needed(there) or [
-        name for name in there if "/" not in name or name.endswith("_Pooling/config.json")
-    ]
+    """The files to copy from a store: the last step's model of checkpoints, else one form of the weights, heads and configs."""
+    if needed := checkpoint.needed(there):
+        return needed
+    form = next((form for form in hub.WEIGHTS if form in there), None)
+    shards = [name for name in there if name.endswith(".safetensors")] if form == hub.INDEX else [form]
+    small = [name for name in there if name.endswith((".json", "training_args.bin"))]
+    wanted = {*shards, *weights.HEAD_FILES.values(), *small}
+    return [name for name in there if name in wanted and ("/" not in name or name.endswith("_Pooling/config.json"))]

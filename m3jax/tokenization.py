@@ -26,6 +26,23 @@ def cls_columns(length: int, *, mcls: bool) -> range:
     return range(0, max(length - 1, 1), MCLS_RUN + 1) if mcls else range(1)
 
 
+def utf8(text: str, name: str) -> bytes:
+    """The bytes of a text; ValueError, which calls it by its name, where it is no str or has no such form.
+
+    >>> utf8("☃", "texts[0]")
+    b'\\xe2\\x98\\x83'
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a str; {type(text).__name__} came: {text!r:.80}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not valid Unicode: lone surrogate {text[error.start]!a} at character {error.start}; decode the source "
+            "again, or use text.encode('utf-8', 'replace').decode()"
+        ) from error
+
+
 class Tokenizer:
     """A released `tokenizer.json` at work: `<s> … </s>` around each text, the ids of transformers' fast tokenizer.
 
@@ -71,7 +88,11 @@ class Tokenizer:
     def from_file(cls, path: str | PathLike[str]) -> "Tokenizer":
         """The tokenizer of a tokenizer.json file; ValueError as `from_json`, naming the path."""
         # Bytes, because reading as text would translate line ends and `json` could not be written back unchanged.
-        return cls(Path(path).read_bytes().decode("utf-8"), source=str(path))
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8, {error}; download or write it again") from error
+        return cls(text, source=str(path))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -90,15 +111,12 @@ class Tokenizer:
         max_length: int | None = None,
         *,
         mcls: bool = False,
-        first: int = 0,
-        before: int = 0,
     ) -> tuple[list[np.ndarray], int]:
         """Token ids of each text, int32 `[length]` with `<s>` first and `</s>` last, and the number of texts cut.
 
         A text longer than `max_length` ids keeps its first `max_length - 1` and `</s>`, as Hugging Face truncation
         does; the caller tells the user how many were cut. mcls: a `<s>` stands before every 256 tokens and counts as one
-        (PAPER §5); `cls_columns` says where. ValueError for what is not a str or not valid Unicode: texts are counted from
-        `first` on, and characters without the `before` characters that the caller set before each text.
+        (PAPER §5); `cls_columns` says where. ValueError for what is not a str or not valid Unicode.
         """
         if isinstance(texts, str):
             raise ValueError("texts must be a sequence of str; one str came. Pass [text].")
@@ -106,20 +124,8 @@ class Tokenizer:
             raise ValueError(f"max_length must be at least 2, the room of <s> and </s>; {max_length} came.")
         texts = list(texts)
         for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"texts[{first + index}] must be a str; {type(text).__name__} came: {text!r:.80}")
-        try:
-            encodings = self._inner.encode_batch_fast(texts)
-        except TypeError as error:  # what the Rust side answers to a str that has no UTF-8 form
-            for index, text in enumerate(texts):
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as cause:
-                    raise ValueError(
-                        f"texts[{first + index}] is not valid Unicode: lone surrogate {text[cause.start]!a} at character "
-                        f"{cause.start - before}. Decode the source again, or use text.encode('utf-8', 'replace').decode()."
-                    ) from error
-            raise
+            utf8(text, f"texts[{index}]")
+        encodings = self._inner.encode_batch_fast(texts)
         rows = [np.asarray(encoding.ids, np.int32) for encoding in encodings]
         room = max_length
         if room and mcls:  # of the places but that of </s>, one in 257 is a <s>; the first of these a text has anyway

@@ -21,6 +21,8 @@ from m3jax.config import M3Config
 from m3jax.model import M3, Params, check_tree, flatten, init, shapes, unflatten
 from m3jax.tokenization import Tokenizer
 
+LAST_WEIGHTS = "pytorch_model.bin"  # of the forms that are looked for
+ANY_WEIGHTS = f"model.safetensors, its shards, or {LAST_WEIGHTS}"
 HEAD_FILES = {"sparse_linear": "sparse_linear.pt", "colbert_linear": "colbert_linear.pt"}
 
 # Parameter path ↔ tensor name of transformers' XLMRobertaModel; {} is the layer. A kernel is the transpose of PyTorch's
@@ -77,8 +79,7 @@ def read(
     Raises ValueError on a file that is missing or broken, and one that lists every tensor missing, left over or misshapen.
     """
     directory = Path(directory)
-    described = _file(directory, "config.json")
-    config = M3Config.from_json(described.read_text(encoding="utf-8"), source=str(described))
+    config = M3Config.from_file(_file(directory, "config.json"))
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(directory):
         shard = read_file(_file(directory, file))
@@ -102,12 +103,6 @@ def read(
             tensors |= {f"{head}.{k}": v for k, v in read_file(directory / file).items()}
         elif f"{head}.weight" not in tensors:
             absent.append(head)
-    if absent and heads == "require":
-        files = " and ".join(HEAD_FILES[head] for head in absent)
-        raise ValueError(
-            f"{directory}: an M3 model needs its heads, {files}: not found, nor in the weights. Add the files, or pass "
-            "heads='init' to start from random heads (to train them; random heads do not retrieve)"
-        )
     colbert = tensors.get("colbert_linear.weight")
     if colbert is not None and colbert.ndim == 2:
         config = dataclasses.replace(config, colbert_dim=colbert.shape[0])
@@ -128,13 +123,25 @@ def read(
             params[path] = tensor.T if path.endswith("/kernel") else tensor
         elif not UNUSED.search(name):
             extra.append(name)
-    check_tree(
-        {path: x.shape for path, x in params.items()},
-        {path: x.shape for path, x in flatten(shapes(config)).items() if not any(f"/{h}/" in path for h in absent)},
-        source=directory,
-        extra=extra,
-        name=torch_name,
-    )
+    without = ""
+    if absent and heads == "require":
+        files = " and ".join(HEAD_FILES[head] for head in absent)
+        without = (
+            f"an M3 model needs its heads, {files}: not found, nor in the weights. Add the files, or pass heads='init' to "
+            "start from random heads (to train them; random heads do not retrieve)"
+        )
+    try:
+        check_tree(
+            {path: x.shape for path, x in params.items()},
+            {path: x.shape for path, x in flatten(shapes(config)).items() if not any(f"/{h}/" in path for h in absent)},
+            source=directory,
+            extra=extra,
+            name=torch_name,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}\n  {without}" if without else str(error)) from None
+    if without:
+        raise ValueError(f"{directory}: {without}")
     if absent:
         drawn = flatten(init(dataclasses.replace(config, vocab_size=4, num_hidden_layers=1), jax.random.key(0)))
         params |= {p: np.asarray(x) for p, x in drawn.items() if any(f"/{head}/" in p for head in absent)}
@@ -233,7 +240,10 @@ def _file(directory: Path, name: str) -> Path:
     path = directory / name
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in directory.iterdir())) if directory.is_dir() else "no such directory"
-        raise ValueError(f"{directory}: expected {name} of a released model; found: {there}")
+        expected = ANY_WEIGHTS if name == LAST_WEIGHTS else name
+        shards = f"; shards of {LAST_WEIGHTS} are not read, save the model as safetensors"
+        told = shards if name == LAST_WEIGHTS and (directory / f"{name}.index.json").exists() else ""
+        raise ValueError(f"{directory}: expected {expected} of a released model; found: {there}{told}")
     return path
 
 
@@ -295,7 +305,7 @@ def weight_files(directory: Path) -> list[str]:
         return ["model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if not index.exists():
-        return ["pytorch_model.bin"]
+        return [LAST_WEIGHTS]
     try:
         shards: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return sorted({Path(file).name for file in shards.values()})

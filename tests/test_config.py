@@ -100,7 +100,21 @@ def test_frozen_and_hashable():
     [
         ("{", "expected JSON"),
         ("[]", "expected a JSON object of sizes, got a list"),
-        ('{"hidden_size": "64"}', "an integer"),
+        (json.dumps(RELEASED | {"hidden_size": "64"}), "hidden_size = '64', expected an integer of at least 1"),
+        (
+            json.dumps(RELEASED | {"num_attention_heads": 0}),
+            "num_attention_heads = 0, expected an integer of at least 1",
+        ),
+        (json.dumps(RELEASED | {"pad_token_id": None}), "pad_token_id = None, expected an integer of at least 0"),
+        (json.dumps(RELEASED | {"vocab_size": True}), "vocab_size = True, expected an integer"),
+        (json.dumps(RELEASED | {"layer_norm_eps": "1e-5"}), "layer_norm_eps = '1e-5', expected a number of at least 0"),
+        (json.dumps(RELEASED | {"initializer_range": float("nan")}), "initializer_range = nan, expected a number"),
+        (json.dumps(RELEASED | {"pooler": 1}), "pooler = 1, expected true or false"),
+        (json.dumps(RELEASED | {"hidden_size": 1000}), "multiple of num_attention_heads, got 1000 and 16"),
+        (
+            json.dumps(RELEASED | {"hidden_size": 1.5, "type_vocab_size": -1}),
+            "hidden_size = 1.5, .*; type_vocab_size = -1, ",
+        ),
     ],
 )
 def test_a_broken_file_is_named(text, message):

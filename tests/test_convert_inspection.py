@@ -11,7 +11,7 @@ import safetensors.numpy
 
 import m3jax
 from convert.__main__ import main
-from m3jax import checkpoint, pickles, weights
+from m3jax import checkpoint, paths, pickles, sources, weights
 from m3jax.config import M3Config
 from m3jax.model import M3, shapes
 
@@ -177,6 +177,12 @@ CHANGES = {
     "pickle": (as_pickle, None),
     "shards": (shards, None),
     "heads inside": (heads_inside, None),
+    "heads inside, all with the prefix": (
+        lambda d: (heads_inside(d), rewrite(d, {f"roberta.{k}": x for k, x in encoder(d).items()})),
+        None,
+    ),
+    "a config of a wrong type": (lambda d: config(d, pad_token_id=None), "pad_token_id = None, expected an integer"),
+    "no UTF-8": (lambda d: (d / "config.json").write_bytes(b"\xff"), "config.json: expected UTF-8"),
     "no pooler": (lambda d: rewrite(d, {k: x for k, x in encoder(d).items() if "pooler" not in k}), None),
     "a buffer": (changed(embeddings__position_ids=np.arange(20)), None),
     "heads twice": (lambda d: heads_inside(d, twice=True), "twice: sparse_linear, in sparse_linear.pt and among"),
@@ -255,6 +261,33 @@ def test_several_are_listed_together(saved, capsys):
         "left over: lm_head.bias", "missing file: colbert_linear.pt", "missing file: tokenizer.json",
         "missing: embeddings.LayerNorm.bias", "missing: encoder.layer.0.output.dense.weight",
     ]  # fmt: skip
+
+
+def test_of_a_url_one_form_of_the_weights_is_fetched(saved, tmp_path):
+    (saved / "pytorch_model.bin").write_bytes(b"large")
+    (saved / "optimizer.pt").write_bytes(b"large")
+    (saved / "onnx").mkdir()
+    (saved / "onnx" / "model.onnx").write_bytes(b"large")
+    store = fsspec.filesystem("memory")
+    store.put(str(saved), "/forms", recursive=True)
+    read = {"config.json", "tokenizer.json", "tokenizer_config.json", *weights.HEAD_FILES.values()}
+    read |= {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    with sources.local("memory://forms") as folder:
+        assert set(paths.files(folder)) == read | {"model.safetensors"}
+    store.rm("/forms/model.safetensors")
+    with sources.local("memory://forms") as folder:
+        assert set(paths.files(folder)) == read | {"pytorch_model.bin"}
+    shards(saved)
+    store.put(str(saved), "/sharded", recursive=True)
+    m3jax.load("memory://sharded")
+    store.rm("/forms/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"expected model\.safetensors, its shards, or pytorch_model\.bin"):
+        m3jax.load("memory://forms")
+
+
+def test_a_revision_of_a_url_is_refused():
+    with pytest.raises(ValueError, match="revision is for names on the hub, but 'memory://model' is a URL"):
+        m3jax.load("memory://model", revision="v1")
 
 
 def test_a_url(saved, capsys):

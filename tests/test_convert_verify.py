@@ -123,7 +123,8 @@ def test_the_function_that_differs_fails(released, tmp_path, capsys, file, name,
     other = changed(released, tmp_path / "2", file, name, lambda x: np.float32(x + 0.01)) if name == "bias" else other
     status, found, text = verified(capsys, *ours(released, other))
     assert {name for name, (_, is_past) in found.items() if is_past} == past
-    assert (status == bool(past) and f"{len(past)} past tolerance" in text) or not past
+    assert status == bool(past)
+    assert text.endswith(f"{len(past)} past tolerance\n" if past else "alike within tolerance\n")
 
 
 @needs_torch
@@ -233,6 +234,22 @@ def test_differences_by_a_loop():
 
 def test_nan_is_past_every_tolerance():
     assert not verify.Difference("dense", float("nan"), 0, 1.0).passes
+
+
+@pytest.mark.parametrize(
+    "option", [("--texts", "/no/such"), ("--max-length", "3"), ("--a-with", "torch"), ("--b-with", "torch")]
+)
+def test_published_scores_take_no_other_option(released, option):
+    with pytest.raises(
+        SystemExit, match=f"error: --published runs texts of its own; {option[0]} are for two models, leave them out"
+    ):
+        main(["verify", "--published", str(released), *option])
+
+
+def test_a_url_is_called_by_its_name(released, capsys):
+    fsspec.filesystem("memory").put(str(released), "/verified", recursive=True)
+    status, _, text = verified(capsys, *ours("memory://verified", released))
+    assert status == 0 and "A: memory://verified, run by m3jax" in text
 
 
 def test_a_model_that_is_not_the_published_one(released, capsys):

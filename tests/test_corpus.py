@@ -211,6 +211,13 @@ def test_more_or_fewer_texts_at_the_end_of_a_shard_are_refused(m3, tmp_path, tex
     assert files(tmp_path / "x") == before
 
 
+def test_a_finished_directory_that_lost_a_shard_is_refused_as_that(m3, tmp_path):
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    shutil.rmtree(tmp_path / "x" / "shard-00000001")
+    with pytest.raises(ValueError, match="shards were finished, but 1 are not there, shard-00000001 first"):
+        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+
+
 def test_what_else_is_there_is_left(m3, tmp_path):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ValueError, match="expected an empty directory or one that encode_to began, found notes"):

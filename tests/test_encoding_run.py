@@ -327,3 +327,13 @@ def test_ctrl_c_returns_at_once(m3, monkeypatch):
     finally:
         release.set()
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("bad", [3, "a \ud83d"])
+def test_nothing_is_computed_of_texts_of_which_one_is_refused(m3, monkeypatch, bad):
+    computed = []
+    monkeypatch.setattr(m3jax.encoding, "_WINDOW_TEXTS", 3)
+    monkeypatch.setattr(m3jax.encoding, "forward", lambda *given: computed.append(given))
+    with pytest.raises(ValueError, match=r"texts\[30\]"):
+        m3jax.encode(m3, [*["the fox"] * 30, bad])
+    assert not computed

@@ -35,3 +35,10 @@ def test_a_layer_is_compiled_for_the_devices_of_the_parameters(monkeypatch):
     params = init(CONFIG, jax.random.key(0))
     forward.forward(CONFIG, params, batch([5]), forward.Asked(True, False, False))
     assert [list(mesh.devices.flat) for mesh in meshes] == [[jax.devices()[0]]] * 3
+
+
+def test_a_mesh_with_other_axes_is_refused(monkeypatch):
+    other = jax.sharding.AbstractMesh((2, 4), ("x", "y"))
+    monkeypatch.setattr(forward, "mesh_of", lambda params: other)
+    with pytest.raises(ValueError, match=r"with the axes \('data', 'fsdp', 'tensor'\), .* got \('x', 'y'\)"):
+        forward.row_groups({})

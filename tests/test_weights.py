@@ -139,6 +139,15 @@ def test_missing_heads_name_their_files(saved):
         read(saved)
 
 
+def test_missing_heads_and_tensors_are_one_error(saved):
+    (saved / "sparse_linear.pt").unlink()
+    tensors = encoder_tensors(saved)
+    del tensors["embeddings.LayerNorm.bias"]
+    rewrite(saved, tensors)
+    with pytest.raises(ValueError, match=r"(?s)missing: embeddings\.LayerNorm\.bias\n.*sparse_linear\.pt: not found"):
+        read(saved)
+
+
 def test_heads_can_be_drawn(m3, saved):
     (saved / "sparse_linear.pt").unlink()
     one, two = (read(saved, heads="init") for _ in range(2))
@@ -286,9 +295,22 @@ def test_another_architecture(saved):
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_missing_file_is_named(saved, file):
     (saved / file).unlink()
-    # Without safetensors the older name is looked for last.
-    name = {"model.safetensors": "pytorch_model.bin"}.get(file, file)
-    with pytest.raises(ValueError, match=f"expected {name} .* found: .*sparse_linear.pt"):
+    name = {"model.safetensors": r"model\.safetensors, its shards, or pytorch_model\.bin"}.get(file, file)
+    with pytest.raises(ValueError, match=f"expected {name} of .* found: .*sparse_linear.pt"):
+        load(saved)
+
+
+def test_shards_of_the_older_form_are_refused_in_words(saved):
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"shards of pytorch_model\.bin are not read, save the model as safetensors"):
+        load(saved)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_file_that_is_no_utf8_is_named(saved, file):
+    (saved / file).write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=f"{file}: expected UTF-8, .*download or write it again"):
         load(saved)
 
 
