@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytest.importorskip("optax", reason="training needs the train extra")
 
-from train.compiled import bytes_of, device_memory, fitting
+import train.compiled
+from train.compiled import bytes_of, compile_step, device_memory, fitting
 from train.sub_batch import SubBatches
 
 QUERIES, PASSAGES = (16, 8), (64, 128)  # a device's rows and their length
@@ -81,6 +83,22 @@ def test_a_given_number_of_tokens_is_taken():
     tried = []
     _, parts, _ = fitting(compiler(tried), queries=QUERIES, passages=PASSAGES, tokens=256, limit=1.0)
     assert parts == SubBatches(1, 32) and tried == [parts]
+
+
+@pytest.mark.parametrize(("tokens", "memory", "passages"), [(256, 1e9, 32), (0, 1e9, 1), (0, 41_000 / 0.92, 4)])
+def test_a_step_is_compiled_for_a_device_s_rows_tokens_and_memory(monkeypatch, tokens, memory, passages):
+    monkeypatch.setattr(train.compiled, "device_memory", lambda: memory)
+    compile, lowered = compiler([]), []
+
+    def make(parts):
+        return SimpleNamespace(
+            lower=lambda *given: lowered.append(given) or SimpleNamespace(compile=lambda: compile(parts))
+        )
+
+    batch = SimpleNamespace(query_ids=np.zeros((32, 8)), passage_ids=np.zeros((128, 128)))  # of two devices
+    _, parts, used = compile_step(make, "state", batch, 2, tokens)
+    assert parts.passages in ((passages,) if tokens else (passages, 2 * passages)) and lowered[-1] == ("state", batch)
+    assert tokens or used <= 0.92 * memory
 
 
 def test_what_no_sub_batch_makes_fit():

@@ -12,6 +12,7 @@ import m3jax
 from configs import base
 from m3jax.config import M3Config
 from m3jax.model import M3, cast, init
+from tests.small_run import small_config
 from train.start import check, length_groups, read_rows, start_model
 
 
@@ -77,14 +78,53 @@ def test_a_model_to_go_on_with_is_float32_in_host_memory(tiny_tokenizer, tmp_pat
         ("teacher_temperature", 0.0, "teacher_temperature = 0.0, expected above 0"),
         ("shuffle_segments", 1.5, "shuffle_segments = 1.5, expected from 0 to 1"),
         ("loss_weights", (1.0, 1.0), r"loss_weights = \(1.0, 1.0\), expected three numbers from 0 up, or \(\)"),
+        ("functions", ("dense", "lexical"), r"functions = \('dense', 'lexical'\), expected some of"),
+        ("functions", (), r"functions = \(\), expected some of"),
+        (
+            "functions",
+            ("dense",),
+            "distill_start = 6000 with dense alone, which has no hybrid to learn from; expected -1",
+        ),
+        ("frozen", ("dense",), r"frozen = \('dense',\), expected some of"),
+        ("frozen", ("encoder", "sparse", "colbert"), "frozen = .*, which leaves nothing to train"),
+        ("accumulate", 0, "accumulate = 0, expected at least 1"),
+        ("accumulate", 3, "steps = 10000, expected a multiple of accumulate = 3"),
+        ("sub_batch_tokens", -1, "sub_batch_tokens = -1, expected from 0 up"),
+        ("remat", "none", r"remat = 'none', expected one of \('elements', "),
+        ("dtype", "float16", r"dtype = 'float16', expected one of \('float32', 'bfloat16'\)"),
+        ("learning_rate_scale.sparse", 0.0, "learning_rate_scale.sparse = 0.0, expected above 0"),
+        ("keep_best", "dev/all/mrr", "keep_best = 'dev/all/mrr', expected '' or one of dev/dense/"),
+        ("checkpoints", "s3://bucket/run", "checkpoints = 's3://bucket/run', expected a local folder or gs://"),
     ],
 )
-def test_settings_of_the_loss_and_the_batches(key, value, message):
+def test_settings_that_no_run_can_have(key, value, message):
     config = base.get_config()
     check(config)
-    config[key] = value
+    config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=f"settings that no run can have: {message}"):
         check(config)
+
+
+def test_shorter_vectors_are_those_of_a_trained_function():
+    config = base.get_config()
+    config.functions, config.matryoshka.colbert = ("dense", "sparse"), (8,)
+    with pytest.raises(ValueError, match=r"matryoshka.colbert = \(8,\), but colbert is not among functions"):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("function", "widths"),
+    [("dense", (16,)), ("dense", (0,)), ("dense", (8, 8)), ("colbert", (6,)), ("colbert", (2.5,))],
+)
+def test_widths_of_random_weights(small_data, tmp_path, function, widths):
+    config = small_config(small_data, tmp_path, **{"model.colbert_dim": 6})
+    found = start_model(config, values=False)
+    assert found.config.colbert_dim == 6 and found.params["heads"]["colbert_linear"]["kernel"].shape == (16, 6)
+    config.matryoshka.update(dense=(8, 15), colbert=(5,))
+    start_model(config, values=False)
+    config.matryoshka[function] = widths
+    with pytest.raises(ValueError, match=f"matryoshka.{function} holds widths from 1 to below the full one"):
+        start_model(config, values=False)
 
 
 @pytest.fixture

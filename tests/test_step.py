@@ -351,3 +351,38 @@ def test_when_distillation_is_on(monkeypatch, start, expected):
     assert seen == expected
     # The norm before clipping: what tells that training is about to break.
     assert float(measures["gradient_norm"]) == pytest.approx(np.sqrt(2) * abs(batch().query_ids.sum()))
+
+
+def test_what_is_frozen_has_no_gradient_and_batches_accumulate(monkeypatch):
+    def loss(model, settings, params, rows, distill, key, sub_batches):
+        return sum((x**2).sum() for x in jax.tree.leaves(params)), {}
+
+    monkeypatch.setattr(train.step, "loss_and_parts", loss)
+    settings = config(frozen=("encoder",), accumulate=2, distill_start=-1)
+    mesh, optimizer = make_mesh(), make_optimizer(settings)
+    given = {"encoder": {"pooler": {"bias": np.ones(3)}}, "heads": {"sparse_linear": {"bias": np.ones(4)}}}
+    with jax.set_mesh(mesh):
+        state = make_state(jax.tree.map(np.float32, given), optimizer, mesh)
+        step, moved = make_step(MODEL, settings, optimizer, mesh, state), []
+        for _ in range(2):
+            state, measures = step(state, batch())
+            moved.append([bool(np.any(x != 1)) for x in flatten(state.params).values()])
+    assert moved == [[False, False], [False, True]]
+    # The whole norm too, or what is frozen would be shown to be trained.
+    norms = {name: float(value) for name, value in measures.items() if name.startswith("gradient_norm")}
+    assert norms == {"gradient_norm": 4.0, "gradient_norm/encoder": 0.0, "gradient_norm/sparse": 4.0}
+
+
+@pytest.mark.parametrize("remat", ["elements", "all"])
+def test_the_layers_are_told_what_to_compute_again(params, monkeypatch, remat):
+    told = []
+
+    def recorded(*given, **settings):
+        told.append((settings["remat"], settings["dropout"]))
+        return apply(*given, **settings)
+
+    monkeypatch.setattr(train.step, "apply", recorded)
+    settings = config(dropout=0.3)
+    settings.remat = remat
+    jax.eval_shape(lambda *given: loss_and_parts(MODEL, settings, *given, True, jax.random.key(1)), params, batch())
+    assert told == [(remat, 0.3)] * 2
