@@ -67,22 +67,25 @@ def test_how_many(tokens, rows, length, expected):
 
 
 EIGHT = """
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec
 from configs import base
 from m3jax.config import M3Config
 from m3jax.model import apply, cast, init
 from m3jax.sharding import BATCH, make_mesh, shardings
 from train.data.pipeline import Batch
-from train.step import loss_and_parts
+from train.optimizer import make_optimizer
+from train.step import make_state, make_step
 from train.sub_batch import SubBatches, encode_in
 
 assert jax.device_count() == 8
 jax.config.update("jax_disable_most_optimizations", True)  # of the compiler: the same mathematics and the same split
 model = M3Config.tiny(num_hidden_layers=1, hidden_size=32, intermediate_size=64, vocab_size=40, colbert_dim=8)
-params = init(model, jax.random.key(0))
+params = jax.tree.map(np.asarray, init(model, jax.random.key(0)))  # a step takes its state over
 settings = base.get_config()
-settings.update(dropout=0.2, temperature=0.1, remat="elements")
+settings.update(dropout=0.2, temperature=0.1, remat="elements", distill_start=0, warmup=0.0)
+settings.update(learning_rate=1.0, adam_eps=1.0)  # of the gradient's size, where a small eps would give that of its rounding
+optimizer = optax.chain(optax.trace(decay=0.0), make_optimizer(settings))  # keeps the gradient too
 random = np.random.default_rng(0)
 
 def texts(count, length):
@@ -100,21 +103,26 @@ batch = Batch(
 )
 
 def run(mesh, parts):
-    def loss(params, batch):
-        return loss_and_parts(model, settings, params, batch, jnp.float32(1), jax.random.key(1), parts)[0]
-
-    places, rows = shardings(params, mesh), NamedSharding(mesh, BATCH)
-    step = jax.jit(jax.value_and_grad(loss), in_shardings=(places, rows), out_shardings=(None, places))
     with jax.set_mesh(mesh):
-        return step(params, batch)
+        state = make_state(params, optimizer, mesh)
+        rows = jax.device_put(batch, NamedSharding(mesh, BATCH))
+        state, measures = make_step(model, settings, optimizer, mesh, state, parts)(state, rows)
+    return float(measures["loss"]), jax.tree.map(np.asarray, (state.optimizer[0].trace, state.params))
 
-one, one_gradients = run(make_mesh(devices=jax.devices()[:1]), SubBatches(1, 1))
+one, (one_gradients, one_params) = run(make_mesh(devices=jax.devices()[:1]), SubBatches(1, 1))
 scale = max(np.abs(x).max() for x in jax.tree.leaves(one_gradients))
+assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (params, one_params)))) > 1e-2
+
+def assert_close(got, expected):
+    # by the norm of each tensor; k's bias has no gradient but rounding
+    assert np.linalg.norm(got - expected) <= 1e-5 * max(np.linalg.norm(expected), 1e-2 * scale)
+
 for sizes, parts in (((1, 1, 1), (4, 8)), ((8, 1, 1), (2, 4)), ((2, 2, 2), (2, 4))):
     count = sizes[0] * sizes[1] * sizes[2]
-    value, gradients = run(make_mesh(*sizes, devices=jax.devices()[:count]), SubBatches(*parts))
+    value, (gradients, updated) = run(make_mesh(*sizes, devices=jax.devices()[:count]), SubBatches(*parts))
     np.testing.assert_allclose(value, one, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale), gradients, one_gradients)
+    jax.tree.map(assert_close, gradients, one_gradients)
+    jax.tree.map(assert_close, updated, one_params)
     print("equal on", sizes, "in", parts)
 
 # A device's share of the work, counted in the compiled program (which counts the body of a loop once).
