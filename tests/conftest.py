@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before anything imports JAX: no test writes into the user's cache folder (nor matplotlib its fonts), and each compiles for
-# itself; e2e/test_encode.py turns that on again.
+# itself; e2e/test_encode.py turns that on again, and CACHED for what it says.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="m3jax-tests-")
 
@@ -34,6 +34,13 @@ LINES = [
     "der schnelle braune fuchs springt la ville de paris est belle",
     "東京 は 日本 の 首都 です Москва столица России",
 ]
+
+# For processes that tests start: what one of them has compiled, the next ones find.
+CACHED = {
+    "JAX_ENABLE_COMPILATION_CACHE": "1",
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["XDG_CACHE_HOME"], "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 # Put before the command of a process that is to be interrupted: what runs in a shell's background ignores Ctrl-C, and so would
 # its children.
@@ -68,6 +75,16 @@ def tiny_tokenizer(tiny_tokenizer_json: str) -> "Tokenizer":
     from m3jax.tokenization import Tokenizer  # here, as in all tests, after the hook
 
     return Tokenizer.from_json(tiny_tokenizer_json)
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For a file of which XLA's optimisations would take half the time, and that asks for nothing they could change."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 _CORPUS = [

@@ -35,6 +35,7 @@ from tests.small_run import FUNCTIONS, SIZES, TRAINING, small_config, write, wri
 from train.example import worked_example
 from train.sub_batch import ONE_PASS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ROOT = Path(__file__).parents[2]
 RATES = ("steps_per_second", "tokens_per_second", "padding", "mfu")
 _COMPILED_IN = (
