@@ -54,7 +54,7 @@ def environment(**variables):
 
 def start(given, devices):
     arguments = [sys.executable, str(WORKER), json.dumps(given)]
-    flags = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    flags = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", **CACHED)
     return subprocess.Popen(arguments, env=flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
