@@ -6,11 +6,12 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before anything imports JAX: no test writes into the user's cache folder (nor matplotlib its fonts), and each compiles for
-# itself; e2e/test_encode.py turns that on again.
+# itself; e2e/test_encode.py turns that on again, and CACHED for what it says.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="m3jax-tests-")
 
@@ -20,7 +21,7 @@ from jaxtyping import install_import_hook
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from m3jax.tokenization import Tokenizer
 
@@ -36,6 +37,13 @@ LINES = [
     "der schnelle braune fuchs springt la ville de paris est belle",
     "東京 は 日本 の 首都 です Москва столица России",
 ]
+
+# For processes that tests start: what one of them has compiled, the next ones find.
+CACHED = {
+    "JAX_ENABLE_COMPILATION_CACHE": "1",
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["XDG_CACHE_HOME"], "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 # Put before the command of a process that is to be interrupted: what runs in a shell's background ignores Ctrl-C, and so would
 # its children.
@@ -70,6 +78,16 @@ def tiny_tokenizer(tiny_tokenizer_json: str) -> "Tokenizer":
     from m3jax.tokenization import Tokenizer  # here, as in all tests, after the hook
 
     return Tokenizer.from_json(tiny_tokenizer_json)
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For a file of which XLA's optimisations would take half the time, and that asks for nothing they could change."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 _CORPUS = [
@@ -113,15 +131,17 @@ def small_data(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_json: st
     return directory
 
 
-@pytest.fixture
-def command_line(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Callable[[list[str]], None]]":
-    """command_line(arguments): sys.argv, where ml_collections looks for the keys that are changed.
+@contextmanager
+def command_line(arguments: list[str]) -> "Iterator[None]":
+    """With these as sys.argv, where ml_collections looks for the keys that are changed.
 
     It defines a flag for each of them, which the next command line of this process would find defined.
     """
     from absl import flags
 
     before = {*flags.FLAGS}
-    yield lambda arguments: monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        yield
     for name in {*flags.FLAGS} - before:
         delattr(flags.FLAGS, name)

@@ -10,6 +10,8 @@ from m3jax.attention import _chunked
 from m3jax.kernels import cudnn, flash, splash
 from tests.arrays import from_numpy
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def inputs(length, width=16, dtype=np.float32):
     """q, k, v and segments: a row of one text, one of three packed texts and padding, one of padding only."""

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import m3jax
 from m3jax import __main__ as program
 from m3jax import shards
-from tests.conftest import HEEDING
+from tests.conftest import CACHED, HEEDING
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["the fox", "", "a cat", " 東京 は\t日本", "the the", "a\u2028b\x0cc", "last"]
@@ -180,7 +181,10 @@ def test_warnings_are_one_line(model, tmp_path, capsys):
 def test_interrupted_and_called_again(model, tmp_path):
     """The program as a process, with Ctrl-C while it waits for stdin."""
     command = [sys.executable, "-m", "m3jax", "encode", model, "-", str(tmp_path / "out"), "--shard-texts", "2"]
-    running = subprocess.Popen([*HEEDING, *command], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = os.environ | CACHED
+    running = subprocess.Popen(
+        [*HEEDING, *command], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     running.stdin.write("".join(f"{text}\n" for text in TEXTS[:5]).encode())
     running.stdin.flush()
     deadline = time.monotonic() + 300
@@ -192,7 +196,9 @@ def test_interrupted_and_called_again(model, tmp_path):
     assert running.returncode == 130
     assert err.decode().splitlines()[-1] == "interrupted; the same command goes on where it stopped"
     assert "Traceback" not in err.decode()
-    done = subprocess.run(command, cwd=ROOT, input="\n".join(TEXTS).encode(), capture_output=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, input="\n".join(TEXTS).encode(), capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert b"Embeddings(7 texts" in done.stdout and b"4 texts are there" in done.stderr
     assert len(m3jax.open_embeddings(tmp_path / "out")) == 7

@@ -1,5 +1,7 @@
 """The plan of a small run beside what the run itself would count; what it leaves, and what it refuses."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import train.main as program
 import train.plan
 import train.start
 from m3jax.sharding import make_mesh
+from tests.conftest import command_line
 from tests.small_run import small_config
 from train.compiled import bytes_of
 from train.data.pipeline import prefetch
@@ -26,6 +29,7 @@ from train.plan import format_plan
 from train.start import read_rows, start_batches, start_model
 from train.step import make_state, make_step
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"passage_max_length": 15, "length_groups": ((14, 3), (16, 2)), "steps": 50, "remat": "all"}
 
@@ -36,11 +40,27 @@ def config(small_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def planned(config):
-    """What `train` returns of a plan: no parameter is drawn for it."""
-    with pytest.MonkeyPatch.context() as patch:
+def planned_and_said(config):
+    """What the program finds of a plan, and what it says; no parameter is drawn for it."""
+    flat = {name: value for name, value in config.items() if not isinstance(value, ConfigDict)}
+    nested = {f"{part}.{name}": value for part in ("model", "data") for name, value in config[part].items()}
+    flags = [f"--config.{name}={value}" for name, value in (flat | nested).items() if value != ""]
+    arguments = ["train.main", f"--config={ROOT / 'configs' / 'base.py'}", *flags]
+    found = {}
+    with (
+        command_line(arguments),
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as said,
+    ):
         patch.setattr(train.start, "init", lambda *_: pytest.fail("parameters were made"))
-        return train.loop.train(config)
+        patch.setattr(train.loop, "plan", lambda config: found.update(train.plan.plan(config)))
+        program.main(program.parse(arguments))
+    return found, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def planned(planned_and_said):
+    return planned_and_said[0]
 
 
 def texts(small_data):
@@ -121,18 +141,10 @@ def test_what_a_person_sees(planned, config, small_data, capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_it_leaves_no_run(planned, config, tmp_path, command_line, capfd):
-    assert not Path(config.output).exists()
-    flat = {name: value for name, value in config.items() if not isinstance(value, ConfigDict)}
-    nested = {f"{part}.{name}": value for part in ("model", "data") for name, value in config[part].items()}
-    settings = flat | nested | {"output": tmp_path / "run"}
-    flags = [f"--config.{name}={value}" for name, value in settings.items() if value != ""]
-    arguments = ["train.main", f"--config={ROOT / 'configs' / 'base.py'}", *flags]
-    command_line(arguments)
-    program.main(program.parse(arguments))
-    shown = capfd.readouterr().out
-    assert "compiling for 3 queries of 8 tokens and 6 passages of 14" in shown and "  checkpoint  " in shown
-    assert not list(tmp_path.iterdir())
+def test_it_leaves_no_run(planned_and_said, config):
+    _, said = planned_and_said
+    assert "compiling for 3 queries of 8 tokens and 6 passages of 14" in said and "  checkpoint  " in said
+    assert not list(Path(config.output).parent.iterdir())
 
 
 def test_a_plan_refuses_what_the_run_would(small_data, tmp_path):

@@ -18,6 +18,7 @@ from m3jax.model import apply, shapes
 from m3jax.representations import Representations
 from m3jax.scores import all_scores, colbert_scores, dense_scores, hybrid_scores, sparse_scores, term_weights
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 VOCABULARY = 12  # few ids, so that terms repeat within a text and are shared between texts
 NAMES = ("dense", "sparse", "colbert", "hybrid")
 

@@ -24,6 +24,7 @@ from train.optimizer import make_optimizer
 from train.step import TrainState, loss_and_parts, make_state, make_step
 from train.sub_batch import SubBatches
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 MODEL = M3Config.tiny(
     vocab_size=40,
     hidden_size=16,
@@ -62,14 +63,6 @@ def batch(known=None):
     present, own_group = np.ones(ROWS * GROUP, bool), np.zeros(ROWS, bool)
     no_scores = np.full((ROWS, GROUP), -np.inf, np.float32)
     return Batch(*texts(ROWS, 0), *texts(ROWS * GROUP, 1), identity, identity[columns], present, own_group, no_scores)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """XLA's optimisations would take half of this file's time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

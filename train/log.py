@@ -8,11 +8,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-
-from tensorboardX import SummaryWriter
+from typing import TYPE_CHECKING
 
 from train.files import write_whole
 from train.processes import is_first
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 class Log:
@@ -24,19 +26,22 @@ class Log:
 
     def __init__(self, run: Path, *, after: int):
         self._path = run / "metrics.jsonl"
+        self._events: SummaryWriter | None = None
+        if not is_first():  # which alone writes
+            return
+        # Here: it imports torch where that is installed, seconds that plans and the other processes do without.
+        import tensorboardX
+
         kept = []
         if self._path.exists() and after:
             # A line without its end is one that a kill cut off.
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
-        self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
-        self._events: SummaryWriter | None = None
-        if not is_first():  # which alone writes
-            return
         write_whole(self._path, "".join(kept))
         # Named by the second too, which another one may begin in.
-        suffix = f".after-{after}"
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1, filename_suffix=suffix)
+        folder, suffix = str(run / "tensorboard"), f".after-{after}"
+        self._events = tensorboardX.SummaryWriter(folder, purge_step=after + 1, filename_suffix=suffix)
+        self._began = time.perf_counter() - (json.loads(kept[-1])["seconds"] if kept else 0.0)
 
     def __enter__(self) -> "Log":
         return self

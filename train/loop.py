@@ -40,7 +40,6 @@ from train.plan import plan
 from train.preemption import Preemption, Stopped
 from train.processes import agreed, first_then_others, is_first, on_host, placed, rows_held
 from train.release import card_of_run
-from train.report import write_report
 from train.start import check, length_groups, listed, path_of, read_rows, read_sets, start_batches, start_model
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
@@ -181,6 +180,9 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     }
     write_json(run / "results.json", results)
     write_whole(run / "model" / CARD, card_of_run(trained.config, results, kept))
+    # Here: it imports matplotlib, half a second that neither a plan nor the start of a run waits for.
+    from train.report import write_report
+
     report = write_report(run)
     took = f" after going on from step {first}" if first else ""
     better = ""

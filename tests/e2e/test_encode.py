@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import m3jax
-from tests.conftest import HEEDING, LINES
+from tests.conftest import CACHED, HEEDING, LINES
 from tests.random_model import random_model
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def environment(**variables):
 
 def start(given, devices):
     arguments = [sys.executable, str(WORKER), json.dumps(given)]
-    flags = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    flags = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", **CACHED)
     return subprocess.Popen(arguments, env=flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -127,7 +127,7 @@ def test_a_process_ends_at_once_when_interrupted(tiny_tokenizer, tmp_path, by):
     (tmp_path / "texts").write_text("\n".join(["the fox", *["a " * 8000] * 20]))
     arguments = [sys.executable, "-c", LONG_BATCHES, *(str(tmp_path / name) for name in ("model", "texts", "out")), by]
     running = subprocess.Popen(
-        [*HEEDING, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*HEEDING, *arguments], env=environment(**CACHED), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert running.stdout.readline() == "a batch is at work\n", running.stderr.read()

@@ -4,15 +4,12 @@ Not here: interruptions at a chosen step within one process (test_train.py).
 """
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -20,21 +17,15 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 pytest.importorskip("tensorboardX", reason="training needs the train extra")
 
 from tests.small_run import SIZES, TRAINING
+from tests.train_process import start_training
 
-ROOT = Path(__file__).parents[2]
 STEPS, DISTILL = 40, 20
 # Steps of some tens of milliseconds: a signal finds the run among them.
-CHANGES = {f"model.{name}": size for name, size in (SIZES | {"hidden_size": 64, "num_hidden_layers": 2}).items()}
-CHANGES |= TRAINING | {"steps": STEPS, "distill_start": DISTILL, "learning_rate": 1e-3, "dropout": 0.1}
-CHANGES |= {"length_groups": ((16, 12),), "group_size": 8, "keep_checkpoints": 3}
+CHANGES = {f"model.{name}": size for name, size in (SIZES | {"hidden_size": 32, "num_hidden_layers": 2}).items()}
+CHANGES |= TRAINING | {"steps": STEPS, "distill_start": DISTILL, "learning_rate": 3e-4, "dropout": 0.1}
+CHANGES |= {"length_groups": ((16, 12),), "group_size": 4, "save_every": 4, "keep_checkpoints": 3}
 # Above what rounding leaves of a gradient of 0, of which Adam would make full steps, another one on each mesh.
 CHANGES |= {"adam_eps": 1e-4}
-MAIN = ["-m", "train.main"]
-DISTRIBUTED = [
-    "-c",
-    "import jax, runpy, sys; jax.distributed.initialize('localhost:' + sys.argv.pop(1), 1, 0); "
-    "runpy.run_module('train.main', run_name='__main__', alter_sys=True)",
-]
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +33,11 @@ def start(small_data):
     """start(run, key=value, …): the process that trains into `run`; the same run is the same command."""
     paths = {"tokenizer": small_data / "tokenizer.json", "data.train": small_data / "train.jsonl"}
     paths |= {"data.folder": small_data / "prepared"}
-    cache = {"JAX_ENABLE_COMPILATION_CACHE": "1", "JAX_COMPILATION_CACHE_DIR": str(small_data / "cache")}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     started = []
 
-    def start(run, *, devices=1, program=MAIN, **changes):
+    def start(run, *, devices=1, first="", **changes):
         settings = CHANGES | paths | {"output": run, "name": "tiny"} | changes
-        flags = [f"--config.{name}={value}" for name, value in settings.items()]
-        process = subprocess.Popen(
-            [sys.executable, *program, "--config=configs/base.py", *flags],
-            cwd=ROOT,
-            env=os.environ | cache | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        process = start_training(settings, devices=devices, first=first, stderr=subprocess.STDOUT)
         started.append(process)
         return process
 
@@ -135,7 +116,7 @@ def test_killed_while_saving_and_between_it_goes_on_as_if_never_stopped(start, k
     run = shutil.copytree(killed, tmp_path / "run")
     left = saved(run)[-1]
     process = start(run)
-    when(process, lambda: len(lines(run)) > left + 5)  # among the steps
+    when(process, lambda: len(lines(run)) > saved(run)[-1] > left)  # among the steps
     kill(process)
     assert left < saved(run)[-1] < STEPS
     assert f"going on after step {saved(run)[-1]}\n" in finished(start(run))
@@ -157,22 +138,30 @@ def test_killed_it_goes_on_with_another_mesh(start, killed, whole, tmp_path):
         assert ("distill/dense" in found) == (found["step"] > DISTILL)
 
 
-@pytest.mark.parametrize("program", [MAIN, DISTRIBUTED], ids=["alone", "jax.distributed"])
-def test_asked_to_stop_it_saves_and_says_so(start, whole, tmp_path, program):
-    run = tmp_path / "run"
-    if program is DISTRIBUTED:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            program = [*DISTRIBUTED, str(free.getsockname()[1])]
-    process = start(run, program=program, save_every=1000)
-    when(process, lambda: len(lines(run)) > 2)
+def stop(process, run):
+    """Ask a process to stop among its steps; after which step it did, and what it said."""
+    left = len(lines(run))
+    when(process, lambda: len(lines(run)) > left + 2)
     process.terminate()
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
-    (step,) = saved(run)
-    assert step == len(lines(run)) < STEPS
+    step = saved(run)[-1]
+    assert left < step == len(lines(run)) < STEPS
     assert re.search(f"stopped after step {step}, which is saved; start the same command again to go on\n", said)
     assert "Traceback" not in said and not (run / "model").exists()
-    assert f"going on after step {step}\n" in finished(start(run))
+    return step, said
+
+
+def test_asked_to_stop_it_saves_and_says_so(start, whole, tmp_path):
+    """As it is, and again under jax.distributed, which sees to SIGTERM itself."""
+    run = tmp_path / "run"
+    step, _ = stop(start(run, save_every=1000), run)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    joined = f"import jax; jax.distributed.initialize({address!r}, 1, 0); "
+    again, said = stop(start(run, save_every=1000, first=joined), run)
+    assert f"going on after step {step}\n" in said and saved(run) == [step, again]
+    assert f"going on after step {again}\n" in finished(start(run))
     assert numbers(run) == numbers(whole)
     assert files(run / "model") == files(whole / "model")

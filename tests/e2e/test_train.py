@@ -31,10 +31,12 @@ import train.data.cldr
 import train.evaluate
 import train.loop
 import train.main as program
+from tests.conftest import command_line
 from tests.small_run import FUNCTIONS, SIZES, TRAINING, small_config, write, write_set
 from train.example import worked_example
 from train.sub_batch import ONE_PASS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ROOT = Path(__file__).parents[2]
 RATES = ("steps_per_second", "tokens_per_second", "padding", "mfu")
 _COMPILED_IN = (
@@ -459,7 +461,7 @@ def test_which_query_is_the_example(ran):
     assert all(worked_example(m3, task, runs, none, "", lengths=(8, 8)) is None for none in ("*.xx", "*.yy"))
 
 
-def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, monkeypatch, command_line, capfd):
+def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, monkeypatch, capfd):
     """configs/quickstart.py as it stands but for sizes, through the program's own flags and the "cldr" paths."""
     seeds = []
 
@@ -472,9 +474,9 @@ def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, mon
     changes |= {"output": tmp_path / "run", "data.folder": tmp_path / "data"}
     flags = [f"--config.{name}={value}" for name, value in changes.items()]
     arguments = ["train.main", f"--config={ROOT / 'configs' / 'quickstart.py'}", *flags]
-    command_line(arguments)
-    assert program.parse(arguments) == arguments[:1]
-    program.main(arguments[:1])
+    with command_line(arguments):
+        assert program.parse(arguments) == arguments[:1]
+        program.main(arguments[:1])
     shown = capfd.readouterr()
     for part in (
         "writing the embedded demo set",

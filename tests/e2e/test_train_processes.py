@@ -1,12 +1,8 @@
 """Runs on two real processes, with two devices each, beside a run on one: metrics, files, going on from a checkpoint."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,37 +11,31 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 import numpy as np
 
 import m3jax
-from tests.small_run import SIZES, TRAINING
+import train.loop
+from tests.small_run import SIZES, TRAINING, small_config
+from tests.train_process import start_training
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+CHANGES = {"dropout": 0.1}
 
 
-def flags(small_data, output, **changes):
-    keys = {f"model.{name}": value for name, value in SIZES.items()} | TRAINING
-    keys |= {"tokenizer": small_data / "tokenizer.json", "output": output, "data.folder": output.parent / "prepared"}
-    keys |= {
-        f"data.{name}": small_data / path for name, path in (("train", "train.jsonl"), ("dev", "dev"), ("test", "test"))
+def on_two(small_data, output, **changes):
+    """What two processes say that train into `output` with the settings that `small_config` has, and changes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {f"model.{name}": value for name, value in SIZES.items()} | TRAINING
+    settings |= {
+        "tokenizer": small_data / "tokenizer.json",
+        "output": output,
+        "data.folder": output.parent / "prepared",
     }
-    keys |= {"dropout": 0.1, "example.language": "Swahili"} | changes
-    return [f"--config.{key}={value}" for key, value in keys.items()]
-
-
-def start(small_data, arguments, devices):
-    variables = {
-        "JAX_ENABLE_COMPILATION_CACHE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(small_data / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    command = [sys.executable, "-m", "train.main", "--config", str(ROOT / "configs/base.py"), *arguments]
-    return subprocess.Popen(
-        command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-
-
-def finished(*processes):
+    files = {"train": "train.jsonl", "dev": "dev", "test": "test"}
+    settings |= {f"data.{name}": small_data / path for name, path in files.items()}
+    settings |= {"example.language": "Swahili"} | CHANGES | changes
+    processes = [
+        start_training(settings | {"distributed": f"127.0.0.1:{port},2,{index}"}, devices=2) for index in (0, 1)
+    ]
     done = [process.communicate(timeout=600) for process in processes]
     for process, (out, error) in zip(processes, done, strict=True):
         assert process.returncode == 0, out[-2000:] + error[-3000:]
@@ -53,12 +43,9 @@ def finished(*processes):
     return ["".join(line for line in out.splitlines(True) if "peer ranks" not in line) for out, _ in done]
 
 
-def on_two(small_data, output, **changes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = [flags(small_data, output, distributed=f"127.0.0.1:{port},2,{index}", **changes) for index in (0, 1)]
-    return finished(*(start(small_data, one, devices=2) for one in given))
+def on_one(small_data, output):
+    """Train into `output` in this process, on its one device."""
+    train.loop.train(small_config(small_data, output, **CHANGES, **{"data.test": str(small_data / "test")}))
 
 
 def losses(output):
@@ -76,7 +63,7 @@ def assert_same(one, other):
 @pytest.fixture(scope="module")
 def alone(small_data, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "run"
-    finished(start(small_data, flags(small_data, output), devices=1))
+    on_one(small_data, output)
     return output
 
 
@@ -91,20 +78,23 @@ def test_two_processes_train_as_one(on_both, alone):
     output, (first, second) = on_both
     assert_same(losses(output), losses(alone))
     assert "compiling for 4 queries" in first and "report" in first and not second.strip()
-    assert {path.name for path in output.iterdir()} == {path.name for path in alone.iterdir()} | {"log-1.txt"}
+    assert {path.name for path in output.iterdir()} == {path.name for path in alone.iterdir()} | {
+        "log.txt",
+        "log-1.txt",
+    }
     model, expected = m3jax.load(output / "model"), m3jax.load(alone / "model")
     given = [m3jax.encode(m3, ["sun and moon"]).dense_vecs for m3 in (model, expected)]
     np.testing.assert_allclose(*given, atol=1e-4)
 
 
-def test_what_two_began_one_ends_and_the_reverse(small_data, on_both, alone, tmp_path):
+def test_what_two_began_one_ends_and_the_reverse(small_data, on_both, alone, tmp_path, capfd):
     """The last checkpoint is taken away, as after a kill; other processes and another mesh go on."""
     output = shutil.copytree(on_both[0], tmp_path / "run")
     shutil.rmtree(output / "checkpoints/4")
-    (said,) = finished(start(small_data, flags(small_data, output), devices=1))
-    assert "going on after step 2" in said
+    on_one(small_data, output)
+    assert "going on after step 2" in capfd.readouterr().out
     assert_same(losses(output), losses(alone))
     shutil.rmtree(output / "checkpoints/4")
-    said, _ = on_two(small_data, output, **{"mesh.data": 2, "mesh.tensor": 2})
+    said, _ = on_two(small_data, output, **{"mesh.data": 2, "mesh.tensor": 2, "data.test": ""})
     assert "going on after step 2" in said
     assert_same(losses(output), losses(alone))
