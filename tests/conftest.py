@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before anything imports JAX: no test writes into the user's cache folder (nor matplotlib its fonts), and each compiles for
-# itself; e2e/test_encode.py turns that on again, and CACHED for what it says.
+# itself; e2e/test_encode.py turns that on again, and real_processes.py's CACHED for what it says.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="m3jax-tests-")
 
@@ -36,21 +36,6 @@ LINES = [
     "what is the capital of france paris is the capital of france where does the fox live in the forest of stories",
     "der schnelle braune fuchs springt la ville de paris est belle",
     "東京 は 日本 の 首都 です Москва столица России",
-]
-
-# For processes that tests start: what one of them has compiled, the next ones find.
-CACHED = {
-    "JAX_ENABLE_COMPILATION_CACHE": "1",
-    "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["XDG_CACHE_HOME"], "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
-
-# Put before the command of a process that is to be interrupted: what runs in a shell's background ignores Ctrl-C, and so would
-# its children.
-HEEDING = [
-    sys.executable,
-    "-c",
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
 ]
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ import pytest
 
 import m3jax
 from m3jax import corpus, shards
-from tests.conftest import CACHED
+from tests.real_processes import CACHED, free_address
 from tests.small_corpus import ALL, SMALL, TEXTS, files, small_model, stopped
 
 ROOT = Path(__file__).parents[1]
@@ -394,9 +393,7 @@ def test_two_processes(m3, tmp_path, mode):
     expected = files(Path(encode_whole(m3, tmp_path / "whole", texts)))
     with pytest.raises(OSError):
         m3jax.encode_to(tmp_path / "x", m3, raising(texts, 8, OSError), shard_texts=5, colbert=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     paths = map(str, (tmp_path / "x", tmp_path / "model", tmp_path / "texts", mode))
     command = [sys.executable, "-c", PROCESSES, *paths]
     environment = os.environ | CACHED | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

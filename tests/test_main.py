@@ -18,7 +18,7 @@ import pytest
 import m3jax
 from m3jax import __main__ as program
 from m3jax import shards
-from tests.conftest import CACHED, HEEDING
+from tests.real_processes import CACHED, HEEDING
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["the fox", "", "a cat", " 東京 は\t日本", "the the", "a\u2028b\x0cc", "last"]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
+
+from tests.real_processes import free_address
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"query": "quick fox", "pos": ["a lazy cat"], "neg": ["the small house"]}] * 8
@@ -21,9 +22,9 @@ from pathlib import Path
 from m3jax.tokenization import Tokenizer
 from train import processes
 from train.data import builders
-folder, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder, address, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 processes._FIRST_SAID = 1
-processes.join(f"127.0.0.1:{port},2,{index}")
+processes.join(f"{address},2,{index}")
 tokenise = builders._encode
 builders._encode = lambda *given: ((folder / f"tokenised-by-{index}").touch(), tokenise(*given))[1]
 
@@ -50,13 +51,11 @@ def folder(tmp_path, tiny_tokenizer_json):
 
 
 def two(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    address = free_address()
     # sys.executable: the interpreter's own packages, from the root where the programs are.
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(folder), str(port), str(index)],
+            [sys.executable, "-c", PROCESS, str(folder), address, str(index)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,7 +1,7 @@
 """A process that encodes on its devices, for test_encode.py: `python encode_worker.py '{"model": …, "texts": […], …}'`.
 
-Keys: model, texts, out (an .npz file for each mesh, at out/NAME.npz), port and index where it is one of two processes. NAME is
-"local" for parameters as `load` places them, and data × fsdp × tensor for a mesh of all devices of all processes.
+Keys: model, texts, out (an .npz file for each mesh, at out/NAME.npz), address and index where it is one of two processes. NAME
+is "local" for parameters as `load` places them, and data × fsdp × tensor for a mesh of all devices of all processes.
 """
 
 import json
@@ -51,9 +51,9 @@ def write(m3: M3, texts: list[str], path: Path) -> None:
 
 def main() -> None:
     given = json.loads(sys.argv[1])
-    several = "port" in given
+    several = "address" in given
     if several:
-        jax.distributed.initialize(f"127.0.0.1:{given['port']}", num_processes=2, process_id=given["index"])
+        jax.distributed.initialize(given["address"], num_processes=2, process_id=given["index"])
     out, texts = Path(given["out"]), given["texts"]
     m3 = m3jax.load(given["model"])
     held = {len(x.devices()) for x in jax.tree.leaves(m3.params)}

@@ -6,7 +6,6 @@ Not here: what one process on one device gives (../test_encoding.py, ../test_enc
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,9 @@ import numpy as np
 import pytest
 
 import m3jax
-from tests.conftest import CACHED, HEEDING, LINES
+from tests.conftest import LINES
 from tests.random_model import random_model
+from tests.real_processes import CACHED, HEEDING, free_address
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("encode_worker.py")
@@ -82,10 +82,7 @@ def test_eight_devices(model, texts, expected, tmp_path):
 
 def test_two_processes(model, texts, expected, tmp_path):
     """On a mesh of both, both pass all texts and get all rows; with parameters of their own, each its own."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-    given = {"model": str(model), "texts": texts, "port": port, "meshes": [(4, 1, 1), (2, 2, 1)]}
+    given = {"model": str(model), "texts": texts, "address": free_address(), "meshes": [(4, 1, 1), (2, 2, 1)]}
     processes = [start(given | {"index": index, "out": str(tmp_path / str(index))}, 2) for index in range(2)]
     try:
         for process in processes:

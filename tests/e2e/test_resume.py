@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -16,8 +15,8 @@ import pytest
 pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
 pytest.importorskip("tensorboardX", reason="training needs the train extra")
 
+from tests.real_processes import free_address, start_training
 from tests.small_run import SIZES, TRAINING
-from tests.train_process import start_training
 
 STEPS, DISTILL = 40, 20
 # Steps of some tens of milliseconds: a signal finds the run among them.
@@ -156,10 +155,7 @@ def test_asked_to_stop_it_saves_and_says_so(start, whole, tmp_path):
     """As it is, and again under jax.distributed, which sees to SIGTERM itself."""
     run = tmp_path / "run"
     step, _ = stop(start(run, save_every=1000), run)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    joined = f"import jax; jax.distributed.initialize({address!r}, 1, 0); "
+    joined = f"import jax; jax.distributed.initialize({free_address()!r}, 1, 0); "
     again, said = stop(start(run, save_every=1000, first=joined), run)
     assert f"going on after step {step}\n" in said and saved(run) == [step, again]
     assert f"going on after step {again}\n" in finished(start(run))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 
 import pytest
 
@@ -12,8 +11,8 @@ import numpy as np
 
 import m3jax
 import train.loop
+from tests.real_processes import free_address, start_training
 from tests.small_run import SIZES, TRAINING, small_config
-from tests.train_process import start_training
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 CHANGES = {"dropout": 0.1}
@@ -21,9 +20,7 @@ CHANGES = {"dropout": 0.1}
 
 def on_two(small_data, output, **changes):
     """What two processes say that train into `output` with the settings that `small_config` has, and changes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    address = free_address()
     settings = {f"model.{name}": value for name, value in SIZES.items()} | TRAINING
     settings |= {
         "tokenizer": small_data / "tokenizer.json",
@@ -33,9 +30,7 @@ def on_two(small_data, output, **changes):
     files = {"train": "train.jsonl", "dev": "dev", "test": "test"}
     settings |= {f"data.{name}": small_data / path for name, path in files.items()}
     settings |= {"example.language": "Swahili"} | CHANGES | changes
-    processes = [
-        start_training(settings | {"distributed": f"127.0.0.1:{port},2,{index}"}, devices=2) for index in (0, 1)
-    ]
+    processes = [start_training(settings | {"distributed": f"{address},2,{index}"}, devices=2) for index in (0, 1)]
     done = [process.communicate(timeout=600) for process in processes]
     for process, (out, error) in zip(processes, done, strict=True):
         assert process.returncode == 0, out[-2000:] + error[-3000:]

@@ -1,22 +1,44 @@
-"""Training in a process of its own, for the tests of runs that are interrupted and of runs that several processes share.
+"""Real processes for tests: what they compile is kept for the next, they can be interrupted, they find each other.
 
 Not here: the settings of small runs (small_run.py).
 """
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import CACHED
-
 ROOT = Path(__file__).parents[1]
+
+# For processes that tests start: what one of them has compiled, the next ones find.
+CACHED = {
+    "JAX_ENABLE_COMPILATION_CACHE": "1",
+    "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["XDG_CACHE_HOME"], "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+# Put before the command of a process that is to be interrupted: what runs in a shell's background ignores Ctrl-C, and so would
+# its children.
+HEEDING = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+]
+
 # train.main as a machine without torch runs it, which is what the extra `train` installs: tensorboardX would import it, for
 # more than a second of each start.
 _MAIN = (
     "import runpy, sys; sys.modules['torch'] = None; {}"
     "runpy.run_module('train.main', run_name='__main__', alter_sys=True)"
 )
+
+
+def free_address():
+    """HOST:PORT at which the first of several processes can be found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def start_training(settings, *, devices=1, first="", stderr=subprocess.PIPE):
