@@ -16,7 +16,8 @@ from m3jax.config import M3Config
 
 # What the backward pass computes again of a layer: what goes element by element, all but the products with weights (attention
 # too), or all. To keep everything is no choice: a GELU alone would keep three float32 arrays of four times the width, for which
-# a GPU waits longer than for computing them (on two CPU cores it saves up to a tenth of the time, for 1.5 to 2.6 × the memory).
+# a GPU waits longer than for computing them (4 × 512, rows of 128 and of 600 tokens, two CPU cores: it saves 6 and 12% of the
+# time, for 1.5 and 2.6 × the memory; RESULTS.md, "Training").
 Remat = Literal["elements", "all_but_products", "all"]
 _products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 _KEPT = {

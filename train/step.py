@@ -126,8 +126,8 @@ def precision(dtype: str) -> str:
     """Of products of float32 factors in a run with products of `dtype`, as `jax.default_matmul_precision` takes it.
 
     GPUs and TPUs would round the factors to bfloat16, those of scores among them, which the temperature then magnifies. Vectors
-    that bfloat16 layers made are 4e-3 off: their scores keep ten bits and more ("high": TF32 on GPU, three passes on TPU), many
-    times faster than float32. Products of bfloat16 factors are what they are.
+    that bfloat16 layers made are rounded to 8 bits: their scores keep ten and more ("high": TF32 on GPU, three passes on TPU),
+    many times faster than float32. Products of bfloat16 factors are what they are.
     """
     return "highest" if dtype == "float32" else "high"
 
