@@ -3,6 +3,7 @@
 Not here: the mathematics of the losses (test_losses.py) and parity with the reference (parity/test_training_parity.py).
 """
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -239,6 +240,19 @@ def test_bfloat16_is_close(params, value_and_gradient):
         assert float(rounded[name]) == pytest.approx(float(exact[name]), rel=0.05), name
     gradient, _ = jax.eval_shape(jax.grad(loss, has_aux=True), params, batch())
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("dtype", "precise"), [("float32", "HIGHEST"), ("bfloat16", "HIGH")])
+def test_how_precise_a_step_is(params, dtype, precise):
+    """Of the products; and the tables of embeddings, whose gradients are long sums, are float32 in any run."""
+    settings, mesh = config(dtype=dtype), make_mesh()
+    optimizer = make_optimizer(settings)
+    with jax.set_mesh(mesh):
+        state = make_state(params, optimizer, mesh)
+        program = str(jax.make_jaxpr(make_step(MODEL, settings, optimizer, mesh, state))(state, batch()))
+    assert set(re.findall(r"Precision\.(\w+)", program)) == {precise}
+    assert f"f32[{MODEL.vocab_size},{MODEL.hidden_size}]" in program
+    assert f"bf16[{MODEL.vocab_size},{MODEL.hidden_size}]" not in program
 
 
 def test_of_all_passages_token_vectors_are_there_in_halves_alone(params, monkeypatch):

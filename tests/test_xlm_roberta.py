@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 import m3jax.attention
 import m3jax.xlm_roberta
@@ -190,6 +191,29 @@ def test_remat_of_elements_keeps_what_the_kernel_of_attention_gave(monkeypatch):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
             kernels.append(str(jax.make_jaxpr(gradient)(half, ids, ids, ids)).count("pallas_call["))
     assert kernels[1] == kernels[0] + 1, kernels
+
+
+def products_with_weights(jaxpr):
+    """The matrix products of a jaxpr and of those inside it that have no batch dimensions, as attention's have."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][1][0]:
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from products_with_weights(inner)
+
+
+@pytest.mark.parametrize(("platform", "result"), [("gpu", jnp.bfloat16), ("tpu", jnp.bfloat16), ("cpu", jnp.float32)])
+def test_all_products_with_halves_are_of_halves(params, platform, result):
+    """Backward too: a float32 gradient times halves is a product of float32, for which GPUs and TPUs have no matrix units."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    device = jax.sharding.AbstractDevice("some", None, platform)
+    gradient = jax.grad(lambda p, *given: encode(p, *given).sum())
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
+        found = list(products_with_weights(jax.make_jaxpr(gradient)(half, ids, ids, ids).jaxpr))
+    assert len(found) == 3 * 6  # of six kernels, forward and for both factors
+    assert {v.aval.dtype for eqn in found for v in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
+    assert {eqn.outvars[0].aval.dtype for eqn in found} == {jnp.dtype(result)}
 
 
 def test_dropout(params):
