@@ -176,7 +176,8 @@ def test_compilations_are_kept(model, tmp_path):
     before = kept(cache)
     assert any(name.startswith("jit__layer-") for name in before), before
     where, hits = encode_once(model, tmp_path / "second.npy", **variables)
-    assert (where, hits, kept(cache)) == (str(cache), len(before), before)
+    assert (where, hits) == (str(cache), len(before))
+    assert set(before) <= set(kept(cache))  # and what took a tenth of a second only this time
     np.testing.assert_array_equal(np.load(tmp_path / "first.npy"), np.load(tmp_path / "second.npy"))
 
 
