@@ -13,18 +13,30 @@ from configs import base
 from m3jax.config import M3Config
 from m3jax.model import M3, cast, init
 from tests.small_run import small_config
-from train.start import check, length_groups, read_rows, start_model
+from train.start import check, read_rows, start_model, with_length_groups
 
 
 def test_a_batch_divides_by_the_devices():
     config = base.get_config()
     config.length_groups = ((64, 16), (128, 12))
-    assert [tuple(group) for group in length_groups(config, 4)] == [(64, 16), (128, 12)]
+    assert with_length_groups(config, 4).length_groups == ((64, 16), (128, 12))
     with pytest.raises(ValueError, match=r"8 devices .* up to 128 tokens it is 12; the nearest sizes are 8 and 16$"):
-        length_groups(config, 8)
+        with_length_groups(config, 8)
     both = r"up to 64 tokens it is 16; the nearest sizes are 32; up to 128 tokens it is 12; the nearest sizes are 32$"
     with pytest.raises(ValueError, match=both):
-        length_groups(config, 32)
+        with_length_groups(config, 32)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "stage"), [(8, {500: 1152, 3000: 432, 8192: 192}), (1, {500: 16800, 8192: 2496})]
+)
+def test_the_papers_batches_are_of_as_many_devices_as_there_are(group_size, stage, tmp_path):
+    """PAPER §4: stage 3 on 24 devices; stage 2, which had 96, on a quarter of them."""
+    config = base.get_config()
+    config.update(output=str(tmp_path), group_size=group_size)
+    groups = dict(with_length_groups(config, 24).length_groups)
+    assert len(groups) == 9 and {length: groups[length] for length in stage} == stage
+    assert config.length_groups == ()
 
 
 @pytest.mark.parametrize("group", [(0, 4), (64, 0), (64,), (64.0, 4)])
@@ -32,7 +44,7 @@ def test_what_is_no_length_group(group):
     config = base.get_config()
     config.length_groups = ((64, 16), group)
     with pytest.raises(ValueError, match="length_groups holds pairs"):
-        length_groups(config, 1)
+        with_length_groups(config, 1)
 
 
 def test_weights_that_leave_nothing_to_train():

@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
 
-from configs import base
 from tests.memory_rows import Memory
 from train.data.builders import Dataset
 from train.data.streams import LengthGroup, Shape, group_sizes, make_streams, query_bucket, shapes
+from train.start import PAPER_GROUPS
 
 GROUPS = [LengthGroup(16, 4), LengthGroup(64, 2)]
 THREE = [Dataset("a.jsonl", 10, False), Dataset("b.jsonl", 6, False), Dataset("c_no_in_batch_neg.jsonl", 8, True)]
@@ -158,12 +158,11 @@ def test_lengths_are_multiples_of_the_step():
 
 def test_few_shapes_are_compiled_however_many_datasets_there_are():
     """At the paper's settings, with queries and passages of every length: five query buckets in the groups that reach 512."""
-    config = base.get_config()
-    groups = [LengthGroup(length, 2) for length, _ in config.length_groups]
+    groups = [LengthGroup(length, 2) for length in PAPER_GROUPS]
     count = 20
     random = np.random.default_rng(0)
     each = 9 * 2 * 40
-    lengths = np.tile(np.repeat([length for length, _ in config.length_groups], each // 9), count)
+    lengths = np.tile(np.repeat([*PAPER_GROUPS], each // 9), count)
     lengths = lengths - random.integers(0, 400, len(lengths))
     queries = random.integers(4, 513, len(lengths)) // (1 + 7 * random.integers(0, 2, len(lengths)))
     of = Memory(

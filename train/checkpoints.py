@@ -106,16 +106,12 @@ class Checkpoints:
         step = self.last
         if step is None:
             return
-        stored = self._manager.restore(step, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()}))[_RUN]
-        if stored["settings"] != self._settings:
-            differ = sorted(
-                k
-                for k in self._settings.keys() | stored["settings"].keys()
-                if self._settings.get(k) != stored["settings"].get(k)
-            )
+        begun = _settings(self._manager, step)
+        if begun != self._settings:
+            differ = sorted(k for k in self._settings.keys() | begun.keys() if self._settings.get(k) != begun.get(k))
             raise ValueError(
                 f"{self._directory}: a run goes on only with the settings it began with; these differ: "
-                + "; ".join(f"{k} was {stored['settings'].get(k)!r}, is {self._settings.get(k)!r}" for k in differ)
+                + "; ".join(f"{k} was {begun.get(k)!r}, is {self._settings.get(k)!r}" for k in differ)
                 + ". Give the old ones, or another --config.output for a new run"
             )
         found, _ = checkpoint.describe(self._directory / str(step))
@@ -132,3 +128,17 @@ class Checkpoints:
         restore = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         moments = self._manager.restore(step, args=ocp.args.Composite(**{_OPTIMIZER: restore}))[_OPTIMIZER]
         return TrainState(params, moments, jax.device_put(jax.numpy.int32(step), state.step.sharding))
+
+
+def settings_of(directory: str | Path) -> dict[str, Any]:
+    """The settings that the run with its checkpoints under `directory` began with; {} where there is none."""
+    place = checkpoint.place(directory)
+    if not place.exists():
+        return {}
+    with ocp.CheckpointManager(place) as manager:
+        step = manager.latest_step()
+        return {} if step is None else _settings(manager, step)
+
+
+def _settings(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()}))[_RUN]["settings"]

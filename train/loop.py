@@ -40,7 +40,17 @@ from train.plan import plan
 from train.preemption import Preemption, Stopped
 from train.processes import agreed, first_then_others, is_first, on_host, placed, rows_held
 from train.release import card_of_run
-from train.start import check, length_groups, listed, path_of, read_rows, read_sets, start_batches, start_model
+from train.start import (
+    check,
+    checkpoints_of,
+    listed,
+    path_of,
+    read_rows,
+    read_sets,
+    start_batches,
+    start_model,
+    with_length_groups,
+)
 from train.step import TrainState, make_state, make_step
 from train.tables import format_example, format_table
 from train.tasks import Task
@@ -75,7 +85,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     dev, tests = first_then_others(lambda: read_sets(config), "read the sets that measure")
     m3 = first_then_others(lambda: start_model(config), "read or make the model")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
+    config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
     source = read_rows(config, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
     say(describe(config, m3, len(source), mesh.size))
@@ -85,8 +95,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     kept |= {"hybrid_weights": hybrid_weights(config), "loss_weights": loss_arguments(config)["loss_weights"]}
     settings = kept | {"data": source.name}
     optimizer = make_optimizer(config)
-    folder = config.checkpoints or str(run / "checkpoints")
-    best = config.keep_best if dev else ""
+    folder, best = checkpoints_of(config), config.keep_best if dev else ""
     with (
         jax.set_mesh(mesh),
         Checkpoints(folder, keep=config.keep_checkpoints, best=best, settings=settings) as saved,

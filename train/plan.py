@@ -22,7 +22,7 @@ from train.data.streams import Stream
 from train.flops import matrix_rate, step_flops
 from train.optimizer import make_optimizer
 from train.processes import rows_held
-from train.start import length_groups, read_rows, read_sets, start_batches, start_model
+from train.start import read_rows, read_sets, start_batches, start_model, with_length_groups
 from train.step import TrainState, make_step
 from train.tables import format_duration
 
@@ -35,7 +35,7 @@ def plan(config: Config) -> dict[str, Any]:
     read_sets(config)
     m3 = start_model(config, values=False)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
+    config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
     source = read_rows(config, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
     say(describe(config, m3, len(source), mesh.size))

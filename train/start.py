@@ -23,6 +23,7 @@ from m3jax.retrieval import FUNCTIONS
 from m3jax.tokenization import Tokenizer
 from m3jax.xlm_roberta import Remat
 from train import Config
+from train.checkpoints import settings_of
 from train.console import say
 from train.data import cldr
 from train.data.builders import RowSource, prepare
@@ -33,6 +34,11 @@ from train.processes import first_then_others, rows_held
 from train.results import METRICS
 from train.tasks import Task, read_task, read_tasks
 
+# Longest text in tokens → queries a device with hard negatives (in groups of 8) and without; PAPER §4, the reference's sizes.
+PAPER_GROUPS = {
+    500: (48, 700), 1000: (32, 570), 2000: (20, 388), 3000: (18, 288), 4000: (14, 224),
+    5000: (14, 180), 6000: (12, 157), 7000: (10, 128), 8192: (8, 104),
+}  # fmt: skip
 _DEMO = "cldr"
 _FREEZABLE = ("encoder", "positions", "sparse", "colbert")
 
@@ -239,14 +245,14 @@ def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
 
 
 def start_batches(config: Config, source: RowSource, mesh: Mesh, model: M3Config) -> Batches:
-    """The batches of the run by step: of each the rows that this process holds."""
+    """The batches of the run by step, of the config's length groups: of each the rows that this process holds."""
     held, row_groups = rows_held(mesh)
     # Attention on TPU has a kernel for rows of 128 tokens and their multiples alone.
     tpu = mesh.devices.flat[0].platform == "tpu" and model.max_length % 128 == 0
     return Batches(
         source,
         seed=config.seed,
-        groups=length_groups(config, row_groups),
+        groups=[LengthGroup(*group) for group in config.length_groups],
         group_size=config.group_size,
         pad_id=model.pad_token_id,
         same_dataset=config.data.same_dataset,
@@ -258,9 +264,21 @@ def start_batches(config: Config, source: RowSource, mesh: Mesh, model: M3Config
     )
 
 
-def length_groups(config: Config, rows: int) -> list[LengthGroup]:
-    """The config's length groups; ValueError that lists each whose batch does not divide by the devices that share its rows."""
-    for group in config.length_groups:
+def checkpoints_of(config: Config) -> str:
+    """Where the checkpoints of the run are."""
+    return config.checkpoints or str(Path(config.output) / "checkpoints")
+
+
+def with_length_groups(config: Config, rows: int) -> Config:
+    """`config` with the length groups of the run: its own; else, where it goes on, those it began with; else the paper's.
+
+    rows: the devices that share the rows of a batch. ValueError that lists each group whose batch does not divide by them.
+    """
+    groups = config.length_groups or settings_of(checkpoints_of(config)).get("length_groups")
+    if not groups:
+        pairs = config.group_size == 1
+        groups = [(length, rows * a_device[pairs]) for length, a_device in PAPER_GROUPS.items()]
+    for group in groups:
         if not (
             isinstance(group, tuple | list)
             and len(group) == 2
@@ -271,7 +289,7 @@ def length_groups(config: Config, rows: int) -> list[LengthGroup]:
                 f"((128, 96), (512, 24)); got {config.length_groups}"
             )
     wrong = []
-    for length, batch in config.length_groups:
+    for length, batch in groups:
         near = batch // rows * rows
         if near != batch:
             wrong.append(
@@ -282,4 +300,6 @@ def length_groups(config: Config, rows: int) -> list[LengthGroup]:
             f"the batch of a length group must divide by the {rows} devices of the axes data × fsdp: "
             + "; ".join(wrong)
         )
-    return [LengthGroup(*group) for group in config.length_groups]
+    config = config.copy_and_resolve_references()
+    config.length_groups = tuple(tuple(group) for group in groups)
+    return config
