@@ -13,6 +13,7 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 pytest.importorskip("optax", reason="training needs the train extra")
 
 import train.loop
+from configs import dense
 from tests.small_run import small_config
 from train.preemption import Stopped
 
@@ -52,6 +53,23 @@ def test_asked_to_stop_while_it_measures_it_saves_and_measures_later(small_data,
     train.loop.train(stopped)
     assert scores(tmp_path / "stopped") == scores(tmp_path / "whole") and len(scores(tmp_path / "whole")) == 2
     assert steps(tmp_path / "stopped") == steps(tmp_path / "whole")
+
+
+def test_dense_alone_is_measured_alone(small_data, tmp_path):
+    """Heads that nothing trained have no scores, no terms to mark, and no say in which checkpoint is the best."""
+    config = small_config(small_data, tmp_path, evaluate_untrained=False)
+    stage = {
+        key: value for key, value in dense.get_config().items() if key in ("functions", "group_size", "distill_start")
+    }
+    config.update(stage | {"keep_best": "dev/dense/recall_at_100"})
+    results = train.loop.train(config)
+    assert [{*evaluation["scores"]} for evaluation in results["evaluations"]] == [{"bm25", "dense"}] * 2
+    assert results["example"]["tops"].keys() == {"bm25", "dense"}
+    assert not any(top["matched"] for tops in results["example"]["tops"].values() for top in tops)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    measures = {key for line in lines for key in line if key.startswith("dev/")}
+    assert measures == {"dev/dense/ndcg_at_10", "dev/dense/recall_at_100"}
+    assert "lexical" not in results["commands"][0]
 
 
 class Enough(Exception):

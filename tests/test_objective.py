@@ -5,7 +5,8 @@ import pytest
 pytest.importorskip("ml_collections", reason="training needs the train extra")
 
 from configs import base
-from train.objective import hybrid_weights, loss_arguments
+from m3jax.retrieval import FUNCTIONS
+from train.objective import hybrid_weights, loss_arguments, measured_functions
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,17 @@ def test_weights_of_the_config_go_before_those_of_the_version():
     assert hybrid_weights(config) == (0.5, 1.0, 0.0)
     expected = (0.1, (1.0, 0.0, 2.0), True, "group", 3.0)
     assert tuple(loss_arguments(config).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("trained", "measured"),
+    [
+        (("colbert", "dense", "sparse"), FUNCTIONS),
+        (("dense",), ("dense",)),
+        (("sparse", "dense"), ("dense", "sparse", "dense+sparse")),
+    ],
+)
+def test_a_run_is_measured_by_what_it_trains(trained, measured):
+    config = base.get_config()
+    config.functions = trained
+    assert measured_functions(config) == measured

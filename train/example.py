@@ -21,7 +21,7 @@ def worked_example(
     """The first query (by id) that matches the pattern, as the "example" of results.json; None where none matches.
 
     lengths: of queries and passages in tokens, as the ranking cut them. The terms marked in a passage are those whose
-    weights multiply to its sparse score, heaviest product first.
+    weights multiply to its sparse score, heaviest product first; none without a run by "sparse".
     """
     found = sorted(query for query in task.judged_queries if fnmatch.fnmatch(query, pattern))
     if not found:
@@ -34,9 +34,11 @@ def worked_example(
         assert isinstance(found, dict)
         return found
 
-    own = weights(task.queries[query], lengths[0])
+    own = weights(task.queries[query], lengths[0]) if "sparse" in runs else {}
 
     def shared(text: str) -> list[str]:
+        if not own:
+            return []
         theirs = weights(text, lengths[1])
         return list(m3.tokens({term: own[term] * theirs[term] for term in own.keys() & theirs.keys()}))
 

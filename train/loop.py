@@ -34,7 +34,7 @@ from train.files import write_json, write_whole
 from train.flops import matrix_rate
 from train.log import Log
 from train.meter import Meter
-from train.objective import hybrid_weights, loss_arguments
+from train.objective import hybrid_weights, loss_arguments, measured_functions
 from train.optimizer import make_optimizer
 from train.plan import plan
 from train.preemption import Preemption, Stopped
@@ -259,10 +259,11 @@ def _untrained(config: Config, run: Path, m3: M3, tests: list[Task], *, going_on
 
 
 def _evaluate(config: Config, m3: M3, task: Task, name: str) -> Evaluation:
-    """All five functions on one set; BM25, which no training changes, beside the trained model only."""
+    """What is trained, of the five functions, on one set; BM25, which no training changes, beside the trained model only."""
     return evaluate(
         m3,
         task,
+        functions=measured_functions(config),
         max_length=config.passage_max_length,
         query_max_length=config.query_max_length,
         baseline=name == "trained",
@@ -270,17 +271,18 @@ def _evaluate(config: Config, m3: M3, task: Task, name: str) -> Evaluation:
 
 
 def _dev_scores(config: Config, m3: M3, dev: Task) -> dict[str, float]:
-    scores = evaluate(
-        m3, dev, max_length=config.passage_max_length, query_max_length=config.query_max_length, baseline=False
-    ).scores
+    scores = _evaluate(config, m3, dev, "dev").scores
     return {f"dev/{function}/{metric}": value for function, of in scores.items() for metric, value in of.items()}
 
 
 def _next_commands(config: Config, run: Path) -> list[str]:
     """Three commands that work as they stand on what the run left."""
     model = run / "model"
+    shown = "m3jax.encode(m, 'Kenya').dense_vecs"
+    if "sparse" in config.functions:
+        shown = "m.tokens(m3jax.encode(m, 'Kenya').lexical_weights)"
     commands = [
-        f"python -c \"import m3jax; m = m3jax.load('{model}'); print(m.tokens(m3jax.encode(m, 'Kenya').lexical_weights))\"",
+        f"python -c \"import m3jax; m = m3jax.load('{model}'); print({shown})\"",
         f"python -m convert from-pytorch {shlex.quote(str(model))} {shlex.quote(str(run / 'orbax'))}",
     ]
     for folder in [*listed(config.data.test)[-1:], *listed(config.data.dev)][:1]:

@@ -1,11 +1,12 @@
-"""What a configuration says of the loss: the version of the paper's objective with its weights, and the teacher.
+"""What a configuration says of the loss: the objective's version with its weights, the teacher, what is trained and measured.
 
 Not here: the losses themselves (m3jax/losses.py), and what they are given (step.py).
 """
 
 from typing import Any
 
-from m3jax.losses import LOSS_WEIGHTS
+from m3jax.losses import LOSS_WEIGHTS, PARTS
+from m3jax.retrieval import FUNCTIONS, Function
 from m3jax.scores import HYBRID_WEIGHTS
 from train import Config
 
@@ -29,3 +30,9 @@ def loss_arguments(config: Config) -> dict[str, Any]:
         "teacher": config.teacher,
         "teacher_temperature": config.teacher_temperature,
     }
+
+
+def measured_functions(config: Config) -> tuple[Function, ...]:
+    """Those of the five functions whose every part is trained: what a run is measured by."""
+    parts: dict[str, set[str]] = {"dense+sparse": {"dense", "sparse"}, "all": {*PARTS}}
+    return tuple(function for function in FUNCTIONS if parts.get(function, {function}) <= {*config.functions})

@@ -29,7 +29,7 @@ from train.data import cldr
 from train.data.builders import RowSource, prepare
 from train.data.pipeline import Batches
 from train.data.streams import LengthGroup
-from train.objective import OBJECTIVES, TEACHERS
+from train.objective import OBJECTIVES, TEACHERS, measured_functions
 from train.processes import first_then_others, rows_held
 from train.results import METRICS
 from train.tasks import Task, read_task, read_tasks
@@ -94,7 +94,8 @@ def check(config: Config) -> None:
     ]
     if config.steps % max(1, config.accumulate):
         wrong.append(f"steps = {config.steps}, expected a multiple of accumulate = {config.accumulate}")
-    measures = [f"dev/{function}/{metric}" for function in FUNCTIONS for metric in METRICS]
+    functions = measured_functions(config) if config.data.dev else FUNCTIONS
+    measures = [f"dev/{function}/{metric}" for function in functions for metric in METRICS]
     if config.keep_best not in ("", *measures):
         wrong.append(f"keep_best = {config.keep_best!r}, expected '' or one of {', '.join(measures)}")
     if paths.is_url(config.checkpoints) and not config.checkpoints.startswith("gs://"):
