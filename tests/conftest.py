@@ -10,10 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before anything imports JAX: no test writes into the user's cache folder (nor matplotlib its fonts), and each compiles for
-# itself; e2e/test_encode.py turns that on again, and real_processes.py's CACHED for what it says.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="m3jax-tests-")
+# Before anything imports JAX: no test writes into the user's cache folder (nor matplotlib its fonts). What takes XLA long is
+# compiled once for all tests and for the processes that they start: most compile the same few programs.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have what the first process has
+    os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="m3jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "1"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import pytest
 import tokenizers
@@ -24,8 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from m3jax.tokenization import Tokenizer
-
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Every call of the mathematics is checked against the shapes in its signature; before anything imports it.
 _MATHEMATICS = ("attention", "heads", "kernels", "losses", "model", "scores", "xlm_roberta")

@@ -1,4 +1,4 @@
-"""Real processes for tests: what they compile is kept for the next, they can be interrupted, they find each other.
+"""Real processes for tests: they can be interrupted, they find each other.
 
 Not here: the settings of small runs (small_run.py).
 """
@@ -10,13 +10,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-
-# For processes that tests start: what one of them has compiled, the next ones find.
-CACHED = {
-    "JAX_ENABLE_COMPILATION_CACHE": "1",
-    "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["XDG_CACHE_HOME"], "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 # Put before the command of a process that is to be interrupted: what runs in a shell's background ignores Ctrl-C, and so would
 # its children.
@@ -55,7 +48,7 @@ def start_training(settings, *, devices=1, first="", stderr=subprocess.PIPE):
     return subprocess.Popen(
         [sys.executable, "-c", _MAIN.format(first), "--config=configs/base.py", *flags],
         cwd=ROOT,
-        env=os.environ | CACHED | variables,
+        env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,

@@ -16,7 +16,7 @@ import pytest
 
 import m3jax
 from m3jax import corpus, shards
-from tests.real_processes import CACHED, free_address
+from tests.real_processes import free_address
 from tests.small_corpus import ALL, SMALL, TEXTS, files, small_model, stopped
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,7 @@ def test_killed_and_called_again_it_is_the_same_bit_for_bit(m3, tmp_path):
             RUN,
             *map(str, (tmp_path / directory, tmp_path / "model", tmp_path / "texts", stop)),
         ]
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | CACHED, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     m3jax.encode_to(tmp_path / "uninterrupted", m3, TEXTS, colbert_dtype="int8", **SMALL)
     # In the last, while texts come; in the first, between the shards that are there and the one that is being made.
@@ -396,7 +396,7 @@ def test_two_processes(m3, tmp_path, mode):
     address = free_address()
     paths = map(str, (tmp_path / "x", tmp_path / "model", tmp_path / "texts", mode))
     command = [sys.executable, "-c", PROCESSES, *paths]
-    environment = os.environ | CACHED | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     processes = [
         subprocess.Popen(
             [*command, str(number), address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,

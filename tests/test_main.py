@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 import m3jax
 from m3jax import __main__ as program
 from m3jax import shards
-from tests.real_processes import CACHED, HEEDING
+from tests.real_processes import HEEDING
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["the fox", "", "a cat", " 東京 は\t日本", "the the", "a\u2028b\x0cc", "last"]
@@ -181,10 +180,7 @@ def test_warnings_are_one_line(model, tmp_path, capsys):
 def test_interrupted_and_called_again(model, tmp_path):
     """The program as a process, with Ctrl-C while it waits for stdin."""
     command = [sys.executable, "-m", "m3jax", "encode", model, "-", str(tmp_path / "out"), "--shard-texts", "2"]
-    environment = os.environ | CACHED
-    running = subprocess.Popen(
-        [*HEEDING, *command], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    running = subprocess.Popen([*HEEDING, *command], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     running.stdin.write("".join(f"{text}\n" for text in TEXTS[:5]).encode())
     running.stdin.flush()
     deadline = time.monotonic() + 300

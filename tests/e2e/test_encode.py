@@ -18,7 +18,7 @@ import pytest
 import m3jax
 from tests.conftest import LINES
 from tests.random_model import random_model
-from tests.real_processes import CACHED, HEEDING, free_address
+from tests.real_processes import HEEDING, free_address
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("encode_worker.py")
@@ -54,7 +54,7 @@ def environment(**variables):
 
 def start(given, devices):
     arguments = [sys.executable, str(WORKER), json.dumps(given)]
-    flags = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", **CACHED)
+    flags = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     return subprocess.Popen(arguments, env=flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -124,7 +124,7 @@ def test_a_process_ends_at_once_when_interrupted(tiny_tokenizer, tmp_path, by):
     (tmp_path / "texts").write_text("\n".join(["the fox", *["a " * 8000] * 20]))
     arguments = [sys.executable, "-c", LONG_BATCHES, *(str(tmp_path / name) for name in ("model", "texts", "out")), by]
     running = subprocess.Popen(
-        [*HEEDING, *arguments], env=environment(**CACHED), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*HEEDING, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert running.stdout.readline() == "a batch is at work\n", running.stderr.read()
@@ -158,6 +158,7 @@ print(jax.config.jax_compilation_cache_dir, len(hits))
 def encode_once(model, out, **variables):
     """Where a fresh process keeps what it compiles, and how often it found it there; it says nothing on stderr."""
     arguments = [sys.executable, "-c", ENCODE, str(model), str(out)]
+    variables = dict.fromkeys(name for name in os.environ if "CACHE_" in name and name.startswith("JAX_")) | variables
     done = subprocess.run(arguments, env=environment(**variables), capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     where, hits = done.stdout.split()
@@ -171,7 +172,7 @@ def kept(folder):
 def test_compilations_are_kept(model, tmp_path):
     """In the user's cache folder; the next process reads them, without a word, and gives the same vector."""
     cache = tmp_path / "m3jax"
-    variables = {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": None}
+    variables = {"XDG_CACHE_HOME": str(tmp_path)}
     assert encode_once(model, tmp_path / "first.npy", **variables) == (str(cache), 0)
     before = kept(cache)
     assert any(name.startswith("jit__layer-") for name in before), before
@@ -191,5 +192,6 @@ def test_compilations_are_kept_where_jax_is_told(model, tmp_path, enabled):
     assert not told or any(name.startswith("jit__layer-") for name in kept(tmp_path / "told"))
 
 
-def test_the_suite_keeps_nothing():
-    assert not jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None
+def test_the_suite_keeps_what_it_compiles_in_a_folder_of_its_own():
+    assert Path(jax.config.jax_compilation_cache_dir).parent == Path(os.environ["XDG_CACHE_HOME"])
+    assert Path(os.environ["XDG_CACHE_HOME"]).name.startswith("m3jax-tests-")
