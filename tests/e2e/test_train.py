@@ -109,6 +109,7 @@ def without_times(results):
 
 
 def test_metrics(ran):
+    """PEER §2.11: there only the total loss is logged; here each part, and what the heads do."""
     rows = metrics(ran[0])
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
