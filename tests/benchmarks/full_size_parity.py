@@ -123,7 +123,7 @@ def main() -> None:
         "The largest difference of each kind: 1 − cosine of dense and of colbert vectors; lexical weights, and their mean."
     )
     print("tokens, texts, largest weight        between              dense  colbert  lexical     mean")
-    for low, high in ((0, 64), (65, 511), (512, given.length - 1), (given.length, given.length)):
+    for low, high in ((0, 64), (65, min(511, given.length - 1)), (512, given.length - 1), (given.length, given.length)):
         some = np.flatnonzero((low <= lengths) & (lengths <= high))
         if not some.size:
             continue
