@@ -71,6 +71,7 @@ def test_what_apply_gives(m3, embeddings):
 
 
 def test_shapes_and_types(m3, embeddings):
+    """PEER §2.12: there a text's token vectors are a view that keeps its whole padded batch in memory."""
     assert embeddings.dense_vecs.shape == (len(TEXTS), 16) and embeddings.dense_vecs.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(embeddings.dense_vecs, axis=1), 1, rtol=1e-5)
     assert len(embeddings.colbert_vecs) == len(TEXTS)
@@ -117,6 +118,7 @@ def test_one_str_is_unbatched(m3, embeddings):
 
 
 def test_no_texts(m3):
+    """PEER §2.8: there `[]` ends in an unrelated error."""
     none = m3jax.encode(m3, [], **ALL)
     assert len(none) == 0 and none.dense_vecs.shape == (0, 16) and none.sparse.shape == (0, m3.config.vocab_size)
     assert none.lexical_weights == [] and none.colbert_vecs == []
@@ -141,6 +143,7 @@ def test_only_what_is_asked_for(m3, embeddings):
 
 
 def test_texts_are_cut_with_one_warning(m3):
+    """PEER §2.10: there they are cut silently."""
     with pytest.warns(UserWarning) as caught:
         cut = m3jax.encode(m3, TEXTS, max_length=5, **ALL)
     longer = [text for text in TEXTS if len(tokens(m3, text)) > 5]
@@ -169,6 +172,7 @@ def test_max_length_must_fit(m3, max_length):
 
 
 def test_bad_arguments(m3):
+    """PEER §2.9: there keyword arguments that do not exist are swallowed."""
     with pytest.raises(TypeError, match="batch_size"):
         m3jax.encode(m3, TEXTS, batch_size=4)
     with pytest.raises(TypeError, match="positional"):

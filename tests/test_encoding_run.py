@@ -248,6 +248,20 @@ def test_batches_that_do_not_fit_are_halved(m3, expected, monkeypatch, late, win
     assert f"below {failed[0]} " in first
 
 
+@pytest.mark.parametrize("batch_tokens", [200, 5000])
+def test_peer_2_8_each_token_is_computed_once(m3, monkeypatch, batch_tokens):
+    """PEER §2.8: there the first batch is computed twice, to see whether it fits."""
+    computed, forward = [], m3jax.encoding.forward
+
+    def counted(config, params, batch, asked):
+        computed.append(np.count_nonzero(batch.segments))
+        return forward(config, params, batch, asked)
+
+    monkeypatch.setattr(m3jax.encoding, "forward", counted)
+    m3jax.encode(m3, TEXTS, batch_tokens=batch_tokens)
+    assert sum(computed) == sum(map(len, m3.tokenizer.encode(TEXTS)[0]))
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_limit_once_found_is_kept(m3, monkeypatch, late):
     """A corpus of which no batch fits: few warnings, and few batches that are tried in vain."""
@@ -276,7 +290,8 @@ def test_no_process_of_several_halves_batches_by_itself(m3, monkeypatch, late):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_text_that_does_not_fit_alone(m3, monkeypatch, late):
-    """The device's own error, and no other text is tried in vain."""
+    """PEER §2.8: there the batch is halved to 0, which is another error; here it is the device's own, and no other text is
+    tried in vain."""
     raised = []
 
     def make():
@@ -293,6 +308,7 @@ def test_a_text_that_does_not_fit_alone(m3, monkeypatch, late):
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("error", [JaxRuntimeError("INTERNAL: the device is gone"), KeyError("fox"), OSError(5, "io")])
 def test_other_errors_come_through(m3, monkeypatch, late, error):
+    """PEER §2.8: there every RuntimeError is taken for memory that ran out."""
     seen = failing(monkeypatch, lambda shape: False, late, lambda: error)
     with warnings.catch_warnings(), pytest.raises(type(error)) as caught:
         warnings.simplefilter("error")

@@ -163,6 +163,7 @@ def test_what_is_not_finite_is_named_with_its_rows(tmp_path, caplog):
 
 @pytest.mark.parametrize("texts", ["active_terms__query", "active_terms__passage"])
 def test_a_collapsed_sparse_head_is_said_once(tmp_path, capsys, texts):
+    """PEER §2.11: there it goes unseen."""
     with metering(tmp_path) as meter:
         steps(meter, 1, 9, **{texts: 0.9})
         steps(meter, 10, 10)

@@ -136,7 +136,7 @@ def test_the_max_of_colbert_may_be_negative():
     one = np.float32([[[1.0, 0.0]]])
     other = np.float32([[[-1.0, 0.0], [0.0, 0.0]]])
     score = jax.jit(colbert_scores)(one, np.ones((1, 1), bool), other, np.array([[True, False]]))
-    assert float(score[0, 0]) == -1.0  # the peer's padding of zeros gives 0 (PEER §2, 5)
+    assert float(score[0, 0]) == -1.0  # the peer's padding of zeros gives 0 (PEER §2.5)
 
 
 def test_a_text_without_tokens_scores_0_and_gives_no_nan():

@@ -152,6 +152,11 @@ print("share of a device", share)
 
 
 def test_on_eight_devices_as_on_one_and_each_computes_its_own_rows():
+    """PEER §2.3: there other devices' passages serve the dense loss alone, with 1/W of the gradient on W devices; here loss and
+    gradients of all heads are those of one device.
+
+    PEER §2.6: there sub-batches of unequal lengths crash with all heads; here they are the whole batch.
+    """
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",

@@ -4,6 +4,7 @@ Not here: what the two formats refuse and list (test_weights.py, test_checkpoint
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,48 @@ def store(request):
     folder = f"memory://{request.node.name}"
     yield folder
     fsspec.filesystem("memory").rm(folder, recursive=True)
+
+
+ON_EIGHT = """
+import sys, jax, numpy as np, optax
+from configs import base
+from m3jax import checkpoint, weights
+from m3jax.model import flatten
+from m3jax.sharding import make_mesh, shardings
+from train.start import start_model
+from train.step import make_state
+released, converted = sys.argv[1:]
+_, expected, _ = weights.read(released)
+config = base.get_config()
+config.data.train, config.init_from = "rows.jsonl", converted
+config.query_max_length = config.passage_max_length = 16
+params = start_model(config).params
+for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2)):
+    mesh = make_mesh(*sizes)
+    trained = make_state(params, optax.adamw(1e-3), mesh).params
+    _, restored, _ = checkpoint.read(converted, sharding=lambda tree: shardings(tree, mesh))
+    assert jax.tree.structure(trained) == jax.tree.structure(restored) == jax.tree.structure(expected)
+    for path, x in flatten(expected).items():
+        ours, theirs = flatten(trained)[path], flatten(restored)[path]
+        assert ours.sharding == theirs.sharding and len(theirs.sharding.device_set) == 8, path
+        assert ours.dtype == np.float32 and theirs.dtype == x.dtype, path
+        np.testing.assert_array_equal(ours, np.float32(x), err_msg=path)
+        np.testing.assert_array_equal(theirs, x, err_msg=path)
+print(len(flatten(expected)), "parameters, three meshes")
+"""
+
+
+def test_training_starts_from_a_conversion_on_any_mesh(released, tmp_path):
+    """As `init_from`, in float32, and restored straight onto the devices, in the dtypes stored (a whole run of one device:
+    test_train.py)."""
+    for package in ("optax", "tensorflow_datasets"):
+        pytest.importorskip(package, reason="training needs the train extra")
+    directory = finite(released, tmp_path)
+    main(["from-pytorch", str(directory), str(tmp_path / "orbax")])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", ON_EIGHT, str(directory), str(tmp_path / "orbax")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.endswith(" parameters, three meshes\n"), done.stderr
 
 
 @pytest.mark.parametrize("direction", ["from-pytorch", "to-pytorch"])

@@ -112,6 +112,7 @@ def killed(start, tmp_path_factory):
 
 
 def test_killed_while_saving_and_between_it_goes_on_as_if_never_stopped(start, killed, whole, tmp_path):
+    """PEER §2.7: there the steps before self-distillation are counted from 0 again."""
     run = shutil.copytree(killed, tmp_path / "run")
     left = saved(run)[-1]
     process = start(run)

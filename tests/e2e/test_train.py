@@ -109,6 +109,7 @@ def without_times(results):
 
 
 def test_metrics(ran):
+    """PEER §2.11: there only the total loss is logged; here each part, and what the heads do."""
     rows = metrics(ran[0])
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4]
@@ -386,11 +387,17 @@ def test_the_best_step_is_kept(configured, tmp_path, monkeypatch, capfd):
     assert f"best    {tmp_path / 'checkpoints' / '2'}, dev/all/ndcg_at_10 0.900\n" in capfd.readouterr().out
 
 
-def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path):
+@pytest.mark.parametrize("form", ["released", "converted"])
+def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path, form):
+    """The directory itself, and what `python -m convert from-pytorch` makes of it."""
     run, results = ran
+    source = str(run / "model")
+    if form == "converted":
+        convert.__main__.main(["from-pytorch", source, str(tmp_path / "orbax")])
+        source = str(tmp_path / "orbax")
     steps.before = lambda state: pytest.fail("far enough")
     with pytest.raises(pytest.fail.Exception, match="far enough"):
-        train.loop.train(configured(tmp_path, init_from=str(run / "model"), tokenizer=""))
+        train.loop.train(configured(tmp_path, init_from=source, tokenizer=""))
     untrained = json.loads((tmp_path / "untrained.json").read_text())["evaluations"]
     ends = [{name: end["scores"][name] for name in FUNCTIONS} for end in results["evaluations"][:2]]
     assert [start["scores"] for start in untrained] == ends

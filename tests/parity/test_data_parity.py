@@ -1,4 +1,4 @@
-"""What FlagEmbedding makes of a row by its type and prompt, beside ours; and what it gets wrong there (PEER §2, 1 and 9).
+"""What FlagEmbedding makes of a row by its type and prompt, beside ours; and what it gets wrong there (PEER §2.1, §2.9).
 
 Not here: the losses of rows without in-batch negatives (test_training_parity.py).
 """
@@ -90,13 +90,14 @@ def test_types(peer, ours, tiny_tokenizer, kind, negatives):
 
 
 def test_peer_2_1_a_row_without_a_prompt(peer, ours, tiny_tokenizer):
-    """Batches of one dataset without a prompt train "None" + query there."""
+    """PEER §2.1: there batches of one dataset without a prompt train "None" + query."""
     rows = [{name: value for name, value in row.items() if name != "prompt"} for row in ROWS]
     assert sorted(peer(rows)[0]) == ["Nonefox", "Noneparis"]
     assert sorted(ours(rows)[0]) == sorted(ids.tolist() for ids in tiny_tokenizer.encode(["fox", "paris"])[0])
 
 
 def test_peer_2_9_a_row_without_negatives(peer, ours):
+    """PEER §2.9: there it divides by zero."""
     rows = [row | {"neg": []} for row in (*ROWS, *({"query": q, "pos": [q], "prompt": ""} for q in ("a dog", "a cat")))]
     with pytest.raises(ZeroDivisionError):
         peer(rows)

@@ -106,6 +106,59 @@ def test_an_export_of_sentence_transformers(theirs, tmp_path, peer_module):
     np.testing.assert_allclose(ours, model.encode(["the old river"]), atol=1e-5)
 
 
+def test_what_flag_embedding_s_trainer_leaves(theirs, tmp_path, flag_embedding):
+    """The output of its runner after two steps, and a checkpoint within: files of the run lie beside those of the model."""
+    module, arguments = "finetune.embedder.encoder_only.m3", flag_embedding("abc.finetune.embedder")
+    own = flag_embedding(f"{module}.arguments")
+    _, directory = theirs()
+    main(["from-pytorch", str(directory), str(tmp_path / "orbax"), "--heads", "init"])
+    main(["to-pytorch", str(tmp_path / "orbax"), str(tmp_path / "start")])
+    rows = [{"query": "the old river", "pos": ["the small cat"], "neg": ["a red house"]}] * 4
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "output"
+    runner = flag_embedding(f"{module}.runner").EncoderOnlyEmbedderM3Runner(
+        own.EncoderOnlyEmbedderM3ModelArguments(model_name_or_path=str(tmp_path / "start")),
+        arguments.AbsEmbedderDataArguments(
+            train_data=[str(tmp_path / "rows.jsonl")], cache_path=str(tmp_path), train_group_size=2
+        ),
+        own.EncoderOnlyEmbedderM3TrainingArguments(
+            output_dir=str(output),
+            unified_finetuning=True,
+            learning_rate=1e-2,
+            max_steps=2,
+            save_steps=1,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        ),
+    )
+    runner.run()
+    there = {str(path.relative_to(output)) for path in output.rglob("*")}
+    of_the_run = {"training_args.bin", *(f"checkpoint-1/{x}" for x in ("optimizer.pt", "trainer_state.json"))}
+    assert {"model.safetensors", *HEAD_FILES.values(), *of_the_run} <= there
+    answers = []
+    for step in ("", "checkpoint-1"):
+        main(["from-pytorch", str(output / step), str(tmp_path / f"converted{step}")])
+        m3 = m3jax.load(tmp_path / f"converted{step}")
+        ours = m3jax.encode(m3, "the old river", colbert=True)
+        peer = flag_embedding("inference.embedder.encoder_only.m3").M3Embedder(
+            str(output / step), use_fp16=False, devices="cpu", return_sparse=True, return_colbert_vecs=True
+        )
+        expected = peer.encode("the old river")
+        for name in ("dense_vecs", "colbert_vecs"):
+            np.testing.assert_allclose(getattr(ours, name), expected[name], atol=1e-5)
+        assert expected["lexical_weights"]
+        assert dict(expected["lexical_weights"]) == pytest.approx(ours.lexical_weights, abs=1e-5)
+        answers.append(ours.dense_vecs)
+        if not step:
+            trained = runner.model.state_dict()
+            for head in HEAD_FILES:
+                kernel = trained[f"{head}.weight"].numpy().T
+                np.testing.assert_array_equal(m3.params["heads"][head]["kernel"], kernel)
+    assert np.abs(answers[0] - answers[1]).max() > 1e-3  # each is of its own step
+
+
 def test_what_vllm_expects_of_a_directory(theirs, tmp_path):
     """vLLM's BgeM3EmbeddingModel: config.json of an XLM-R encoder, which the command line overrides the architecture of;
     encoder tensors without a prefix; two head files of {weight, bias} for Linear(hidden, 1) and Linear(hidden, hidden), read

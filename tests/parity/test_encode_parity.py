@@ -170,7 +170,7 @@ def test_score_equals_flag_embedding(written, ours, flag_embedding):
 
 @pytest.mark.parametrize("written", GEOMETRIES[:1], indirect=True, ids=_name)
 def test_missing_heads_are_an_error(written, tmp_path):
-    """Where the peer is wrong (PEER.md §2.4): see test_missing_heads_are_random_in_flag_embedding."""
+    """Where the peer is wrong (PEER §2.4): see test_missing_heads_are_random_in_flag_embedding."""
     _headless(written, tmp_path)
     with pytest.raises(ValueError, match=r"sparse_linear\.pt and colbert_linear\.pt"):
         m3jax.load(tmp_path)

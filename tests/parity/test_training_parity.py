@@ -174,7 +174,7 @@ def test_twenty_adamw_steps(reference, to_ours):
 
 
 def test_padding_does_not_change_colbert_scores(flag_embedding):
-    """Where the peer is wrong (PEER.md §2.5): it leaves zeros where padding was, so the max over a passage is never below 0."""
+    """Where the peer is wrong (PEER §2.5): it leaves zeros where padding was, so the max over a passage is never below 0."""
     peer = flag_embedding("finetune.embedder.encoder_only.m3.modeling").EncoderOnlyEmbedderM3Model
     query, passage = np.float32([[[1.0, 0.0]]]), np.float32([[[-0.6, 0.8]]])
     padded = np.pad(passage, ((0, 0), (0, 2), (0, 0)))
@@ -194,7 +194,7 @@ def test_padding_does_not_change_colbert_scores(flag_embedding):
 
 @pytest.mark.parametrize("reference", ["FlagEmbedding"], indirect=True)
 def test_peer_2_2_own_group_as_candidates(reference, to_ours):
-    """Where the peer is wrong (PEER.md §2.2): without in-batch negatives its ensemble sees one column, whose loss is 0, and
+    """Where the peer is wrong (PEER §2.2): without in-batch negatives its ensemble sees one column, whose loss is 0, and
     more rows than a group has passages are an IndexError. Here `allowed` restricts all four alike."""
     config, module = reference(None)
     queries, passages = _batch(config, 0)
