@@ -192,9 +192,7 @@ def test_interrupted_and_called_again(model, tmp_path):
     assert running.returncode == 130
     assert err.decode().splitlines()[-1] == "interrupted; the same command goes on where it stopped"
     assert "Traceback" not in err.decode()
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, input="\n".join(TEXTS).encode(), capture_output=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=ROOT, input="\n".join(TEXTS).encode(), capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert b"Embeddings(7 texts" in done.stdout and b"4 texts are there" in done.stderr
     assert len(m3jax.open_embeddings(tmp_path / "out")) == 7
