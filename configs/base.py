@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The paper's stage 3 (PAPER §3), but for data, which must be given."""
     config = ConfigDict()
+    # "contrastive", of queries and passages, or "retromae", of plain texts: stage 1, which reads the keys of its own below and
+    # refuses those of the other that would do nothing.
+    config.stage = "contrastive"
     config.name = "m3"
     config.output = "runs/m3"  # the run's directory; the same command goes on where an earlier run stopped
     config.seed = 0  # of random weights, data order and dropout
@@ -31,14 +34,16 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # JSONL files {"query", "pos", "neg"} or folders of them, separated by commas, each a dataset; "cldr" is the embedded demo
     # set. Rows of a dataset whose name ends in no_in_batch_neg are trained on their own passages alone.
+    # In stage 1 plain texts: .jsonl {"text"}, .txt (a text a line), folders of them, or tfds:NAME with the feature `text`.
     config.data.train = ""
     config.data.same_dataset = True  # the rows of a batch are of one dataset; FlagEmbedding's script for M3
     config.data.weights = ()  # of the datasets, in order: how often each row comes in a round of all; () is once
     config.data.dev = ""  # a folder {corpus, test_queries, test_qrels}.jsonl, measured during training; "" is none
+    # (in stage 1 held-out texts, as data.train)
     config.data.test = ""  # such folders, separated by commas, measured after training; "" is none
     config.data.folder = "runs/data"  # where tokenised rows are kept between runs
     config.query_max_length = 512  # tokens; PAPER §3
-    config.passage_max_length = 8192  # tokens; PAPER §3
+    config.passage_max_length = 8192  # tokens, in stage 1 of a text; PAPER §3
 
     # Batches: rows of one length group at a time, (longest text in tokens, queries in the global batch). () is PAPER §4's
     # nine groups to 8,192 tokens: for each device that shares the rows, 48 to 8 queries, or with group_size = 1 700 to 104. A
@@ -60,6 +65,11 @@ def get_config() -> ConfigDict:
     )  # shorter vectors trained beside the full ones, by their widths; their losses are averaged
     config.matryoshka.dense = ()
     config.matryoshka.colbert = ()
+
+    # Stage 1, PAPER §3: the share of a text's tokens that the encoder reads as <mask>, and the probability with which a
+    # position of the decoder sees each other one.
+    config.encoder_mask = 0.3
+    config.decoder_seen = 0.5
 
     config.steps = 10000  # batches
     config.learning_rate = 1e-5  # at its highest; reference code

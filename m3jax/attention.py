@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.kernels import cudnn, flash, splash
 
@@ -97,8 +97,14 @@ def _chunked(q: Array, k: Array, v: Array, segments: Array) -> Array:
 
 def _attend(q: Array, k: Array, v: Array, query_segments: Array, key_segments: Array) -> Array:
     """One block of queries against all keys."""
+    return attend(q, k, v, (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0))
+
+
+def attend(
+    q: Float[Array, "b l h k"], k: Float[Array, "b m h k"], v: Float[Array, "b m h k"], seen: Bool[Array, "b l m"]
+) -> Float[Array, "b l h k"]:
+    """softmax(q kᵀ / √k) v over what each query sees, all of it at once; finite where a query sees nothing."""
     scores = jnp.einsum("blhk,bmhk->bhlm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    seen = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
     scores += jnp.where(seen, 0.0, _UNSEEN)[:, None]
     # The sum divides the result instead of the weights, which are l times as many: on CPU three to six times faster than
     # jax.nn.softmax before the product.

@@ -82,6 +82,31 @@ def make_card(
     return _marked("\n\n".join([*parts, _use(config)]))
 
 
+def make_encoder_card(
+    config: M3Config,
+    parameters: int,
+    *,
+    name: str,
+    training: Mapping[str, str],
+    measured: Mapping[str, Mapping[str, float]],
+) -> str:
+    """The text of README.md of an encoder without heads, from stage 1. measured: a table, row → column → value."""
+    columns = dict.fromkeys(column for row in measured.values() for column in row)
+    parts = [
+        "---\nlibrary_name: m3jax\ntags: [m3jax, feature-extraction]\n---",
+        f"# {_plain(name)}",
+        f"An XLM-RoBERTa encoder ({config.num_hidden_layers} layers × {config.hidden_size}, {parameters:,} parameters, "
+        f"{config.vocab_size:,} token ids, texts of up to {config.max_length:,} tokens), trained by "
+        "[RetroMAE](https://arxiv.org/abs/2205.12035), the first stage of [M3-Embedding](https://arxiv.org/abs/2402.03216). It "
+        "is a start for contrastive training, no model to search with: it has no heads, and its vectors were not trained to be "
+        "compared. `python -m train.main --config.init_from=DIR --config.heads=init` of m3jax goes on from it.",
+    ]
+    if measured:
+        body = [[row, *(_number(of.get(column)) for column in columns)] for row, of in measured.items()]
+        parts += ["## Results", _table(["", *columns], body)]
+    return _marked("\n\n".join([*parts, "## Training", _table(["", ""], training.items())]))
+
+
 def is_ours(text: str) -> bool:
     """Whether a card is as `make_card` made it: one that a person has changed, or written, is not.
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,15 @@ from m3jax.model import M3, Params, check_tree, flatten, shapes, unflatten
 from m3jax.tokenization import Tokenizer
 
 MODEL, PARAMS = "m3", "params"  # the two items of a step that make a model
+LM_HEAD = "lm_head"  # and what a conversion keeps beside them of a masked-language model, for stage 1
 _MARKER = f"{MODEL}/metadata"  # where there is this file, the step is whole
-_WRITTEN = (f"{MODEL}/", f"{PARAMS}/", "_CHECKPOINT_METADATA", "commit_success.txt")  # what a step's files begin with
+_WRITTEN = (
+    f"{MODEL}/",
+    f"{PARAMS}/",
+    f"{LM_HEAD}/",
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+)  # what a step's files begin with
 # A hundred files of 16 MiB take half as long as ten of 200: the system writes small pieces faster, and several at a time.
 _CHUNK_BYTES = _FILE_BYTES = 16 * 2**20
 
@@ -42,7 +49,11 @@ def needed(files: Sequence[str]) -> list[str]:
     steps = {name.removesuffix(_MARKER) for name in files if f"/{name}".endswith(f"/{_MARKER}")}
     steps = {step for step in steps if step.rstrip("/").isdecimal() or not step}
     last = max(steps, key=lambda step: int(step.rstrip("/") or 0), default=None)
-    return [] if last is None else [name for name in files if name.startswith((f"{last}{PARAMS}/", f"{last}{MODEL}/"))]
+    return (
+        []
+        if last is None
+        else [name for name in files if name.startswith(tuple(f"{last}{item}/" for item in (PARAMS, MODEL, LM_HEAD)))]
+    )
 
 
 def arguments(config: M3Config, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -55,9 +66,12 @@ def arguments(config: M3Config, params: Params, tokenizer: Tokenizer) -> dict[st
     }
 
 
-def write(m3: M3, directory: str | Path, *, replace: bool = False, progress: bool = False) -> None:
+def write(
+    m3: M3, directory: str | Path, *, lm_head: Params | None = None, replace: bool = False, progress: bool = False
+) -> None:
     """Write a model as one Orbax step, in parameters' own dtype. The directory (or URL) appears when it is complete.
 
+    lm_head: of a masked-language model (weights.read_lm_head), kept beside the model for who trains it further.
     ValueError where it exists, unless `replace` and it holds nothing but what an earlier write left there: a run's folder of
     steps, with its optimiser, is not that. progress shows a bar on stderr.
     """
@@ -90,6 +104,9 @@ def write(m3: M3, directory: str | Path, *, replace: bool = False, progress: boo
         MODEL: ocp.args.JsonSave(_description(m3.config, m3.tokenizer)),
     }
     handlers = {PARAMS: handler, MODEL: ocp.JsonCheckpointHandler()}
+    if lm_head is not None:
+        items[LM_HEAD] = ocp.args.PyTreeSave(layout.row_major(jax.tree.map(np.asarray, lm_head)))
+        handlers[LM_HEAD] = ocp.PyTreeCheckpointHandler()
 
     def save() -> None:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
@@ -154,9 +171,12 @@ def describe(directory: str | Path) -> tuple[M3Config, Tokenizer]:
         raise ValueError(f"{path}: expected config and tokenizer of a model, {error}; take another step") from error
 
 
-def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Params, Tokenizer]:
+def read(
+    directory: str | Path, *, sharding: Any = None, shapes: Callable[[M3Config], Params] = shapes
+) -> tuple[M3Config, Params, Tokenizer]:
     """Config, parameters and tokenizer of a step, or of the last step in a folder of steps, in the dtype stored.
 
+    shapes: the tree of the parameters, that of a model with its heads by default; in stage 1 it is another (retromae.py).
     sharding: a function from the tree of shapes to a tree of shardings; None gives NumPy arrays.
     Raises ValueError that lists every parameter missing, left over or misshapen.
     """
@@ -193,6 +213,19 @@ def read(directory: str | Path, *, sharding: Any = None) -> tuple[M3Config, Para
         )
     params = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=_string_keys(how)))
     return config, unflatten(flatten(params)), tokenizer
+
+
+def read_lm_head(directory: str | Path) -> Params | None:
+    """The language-model head beside the model of a step, or of the last step in a folder, as NumPy arrays; None without."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    step = _step(place(directory))
+    if step is None or not (step / LM_HEAD).is_dir():
+        return None
+    handler, folder = ocp.PyTreeCheckpointHandler(), epath.Path(step / LM_HEAD)
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
+    return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=how))
 
 
 def _in_turn() -> Any:

@@ -33,10 +33,11 @@ class Network(nnx.Module):
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: M3Config) -> tuple[nnx.GraphDef[Network], Any]:
-    """The network's graph and its state as shapes. Tracing 24 layers takes seconds: one is traced and copied."""
+def abstract(network_of: Callable[[M3Config, nnx.Rngs], Any], config: M3Config) -> tuple[nnx.GraphDef[Any], Any]:
+    """The graph of a network with an `encoder`, and its state as shapes. Tracing 24 layers takes seconds: one is traced and
+    copied."""
     one = dataclasses.replace(config, num_hidden_layers=1)
-    network = nnx.eval_shape(lambda: Network(one, nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: network_of(one, nnx.Rngs(0)))
     layer = network.encoder.layers[0]
     network.encoder.layers = nnx.List([nnx.clone(layer) for _ in range(config.num_hidden_layers)])
     return nnx.split(network)
@@ -50,7 +51,7 @@ def init(config: M3Config, key: Key[Array, ""]) -> Params:
 
 def shapes(config: M3Config) -> Params:
     """The tree of `init` as jax.ShapeDtypeStruct, without making an array."""
-    return nnx.to_pure_dict(_abstract(config)[1])
+    return nnx.to_pure_dict(abstract(Network, config)[1])
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -134,7 +135,7 @@ def apply(
         )
     if dropout and key is None:
         raise ValueError(f"dropout needs a PRNG key, got dropout={dropout} and key=None")
-    network = nnx.merge(_abstract(config)[0], params)
+    network = nnx.merge(abstract(Network, config)[0], params)
     positions = positions_from_ids(ids, config.pad_token_id)
     keys = jax.random.split(key, len(ids)) if key is not None and key.ndim == 0 else key
     hidden = network.encoder(

@@ -25,7 +25,7 @@ _RULES = (
     (r"/(q|k|v|up)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"/(q|k|v|up)/bias$", PartitionSpec("tensor")),
     (r"/(attention_out|down)/kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"(pooler|colbert_linear)/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"(pooler|colbert_linear|lm_head/dense)/kernel$", PartitionSpec("fsdp", "tensor")),
     (r"sparse_linear/kernel$", PartitionSpec("fsdp")),
     (r"/(bias|scale)$", PartitionSpec()),
 )

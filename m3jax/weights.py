@@ -71,10 +71,10 @@ def read(
 
     Reads `config.json`, `tokenizer.json`, and `model.safetensors` (sharded too) or `pytorch_model.bin`; the heads from
     `sparse_linear.pt` and `colbert_linear.pt`, or from the safetensors where they are there under `sparse_linear.*` and
-    `colbert_linear.*`. Of a masked-language-model file the encoder is taken, and a warning names the
-    head that is dropped; a warning also names what a sentence-transformers export does that M3's dense function, the
-    normalised CLS state, does not (a mean over tokens, a further layer). heads="init" draws heads that are missing at random
-    (the same each time), a colbert head of width `colbert_dim` where that is given.
+    `colbert_linear.*`. Of a masked-language-model file the encoder is taken, and a warning names the head that is not
+    (`read_lm_head`); a warning also names what a sentence-transformers export does that M3's dense function, the normalised
+    CLS state, does not (a mean over tokens, a further layer). heads="init" draws heads that are missing at random (the same
+    each time), a colbert head of width `colbert_dim` where that is given.
 
     Raises ValueError on a file that is missing or broken, and one that lists every tensor missing, left over or misshapen.
     """
@@ -149,6 +149,38 @@ def read(
     return config, unflatten(params), tokenizer
 
 
+def read_lm_head(directory: str | Path, width: int, terms: int) -> Params | None:
+    """The head of a masked-language model's file as `retromae` has it, in the dtype stored; None where there is none.
+
+    width, terms: of the encoder that it stands on. ValueError where the head is not whole or not of these sizes.
+    """
+    found: dict[str, np.ndarray] = {}
+    for file in weight_files(Path(directory)):
+        found |= {k: v for k, v in read_file(_file(Path(directory), file)).items() if k.startswith("lm_head.")}
+    # The head's matrix is the word embeddings, whatever a file repeats of them and of the bias under lm_head.decoder.
+    given = {path: found[name] for path, name in _LM_HEAD.items() if name in found}
+    if not given:
+        return None
+    given = {path: x.T if path.endswith("/kernel") else x for path, x in given.items()}
+    vectors = dict.fromkeys(("dense/bias", "layer_norm/scale", "layer_norm/bias"), (width,))
+    check_tree(
+        {path: x.shape for path, x in given.items()},
+        {"dense/kernel": (width, width), **vectors, "bias": (terms,)},
+        source=f"{directory}, its language-model head",
+        name=_LM_HEAD.__getitem__,
+    )
+    return unflatten(given)
+
+
+_LM_HEAD = {
+    "dense/kernel": "lm_head.dense.weight",
+    "dense/bias": "lm_head.dense.bias",
+    "layer_norm/scale": "lm_head.layer_norm.weight",
+    "layer_norm/bias": "lm_head.layer_norm.bias",
+    "bias": "lm_head.bias",
+}
+
+
 def write(
     m3: M3,
     directory: str | Path,
@@ -160,7 +192,8 @@ def write(
 ) -> None:
     """Write a released directory that `read`, transformers, FlagEmbedding and sentence-transformers read.
 
-    The encoder goes to `model.safetensors`, with format="pickle" to `pytorch_model.bin`; the heads always go to the two `.pt`
+    A model whose parameters have no heads, an encoder to train, gets no files of them. The encoder goes to
+    `model.safetensors`, with format="pickle" to `pytorch_model.bin`; the heads always go to the two `.pt`
     files, where FlagEmbedding and vLLM look. Parameters keep their dtype. A model without a pooler gets one of zeros.
 
     card: the text of README.md; None says what the model itself tells. The directory (or URL) appears under its name when it
@@ -189,7 +222,8 @@ def write(
     size = sum(x.nbytes for x in tensors.values())
     with paths.writing(directory, last="config.json", size=size, progress=progress) as folder:
         for head, file in HEAD_FILES.items():
-            pickles.write(folder / file, {k: tensors.pop(f"{head}.{k}") for k in ("weight", "bias")})
+            if f"{head}.weight" in tensors:
+                pickles.write(folder / file, {k: tensors.pop(f"{head}.{k}") for k in ("weight", "bias")})
         if format == "pickle":
             pickles.write(folder / "pytorch_model.bin", tensors)
         else:
@@ -254,7 +288,7 @@ def _without_lm_head(tensors: dict[str, np.ndarray], directory: Path) -> dict[st
     head = [name for name in tensors if name.startswith("lm_head.")]
     if head:
         warnings.warn(
-            f"{directory}: the language-model head is dropped, M3 has none: {', '.join(sorted(head))}", stacklevel=3
+            f"{directory}: the language-model head is no part of an M3 model: {', '.join(sorted(head))}", stacklevel=3
         )
     encoder = {name: x for name, x in tensors.items() if name not in head}
     # A name that is there with the prefix and without keeps it, and is left over.

@@ -20,7 +20,7 @@ from m3jax.config import M3Config
 # time, for 1.5 and 2.6 × the memory; RESULTS.md, "Training").
 Remat = Literal["elements", "all_but_products", "all"]
 _products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-_KEPT = {
+KEPT = {
     "elements": lambda primitive, *given, **params: (
         primitive.name in _ATTENTION or _products(primitive, *given, **params)
     ),
@@ -105,7 +105,7 @@ class Linear(nnx.Module):
         return _linear(x.astype(kernel.dtype), kernel, self.bias[...], jnp.dtype(jnp.float32 if kept else kernel.dtype))
 
 
-def _layer_norm(config: M3Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: M3Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
     # use_fast_variance computes E[x²] - E[x]², which loses digits that PyTorch keeps.
     return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
@@ -129,16 +129,18 @@ class Embeddings(nnx.Module):
             config, config.max_position_embeddings, rngs, zero_row=config.pad_token_id
         )
         self.token_type_embeddings = _embedding(config, config.type_vocab_size, rngs)
-        self.layer_norm = _layer_norm(config, rngs)
+        self.layer_norm = layer_norm(config, rngs)
 
     def __call__(self, ids: Int[Array, "b l"], positions: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        # take gives NaN past the table, where indexing would silently clamp. Every token has type 0, the only one of XLM-R.
-        hidden = (
-            jnp.take(self.word_embeddings.embedding[...], ids, axis=0).astype(jnp.float32)
-            + jnp.take(self.position_embeddings.embedding[...], positions, axis=0)
-            + self.token_type_embeddings.embedding[0]
-        )
-        return self.layer_norm(hidden)
+        # take gives NaN past the table, where indexing would silently clamp.
+        words = jnp.take(self.word_embeddings.embedding[...], ids, axis=0).astype(jnp.float32)
+        return self.at_positions(words, positions)
+
+    def at_positions(self, words: Float[Array, "b l d"], positions: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        """The block from its second step on, for vectors in the place of token embeddings."""
+        # Every token has type 0, the only one of XLM-R.
+        places = jnp.take(self.position_embeddings.embedding[...], positions, axis=0)
+        return self.layer_norm(words + places + self.token_type_embeddings.embedding[0])
 
 
 class Layer(nnx.Module):
@@ -150,10 +152,10 @@ class Layer(nnx.Module):
         self.k = Linear(width, width, rngs)
         self.v = Linear(width, width, rngs)
         self.attention_out = Linear(width, width, rngs)
-        self.attention_norm = _layer_norm(config, rngs)
+        self.attention_norm = layer_norm(config, rngs)
         self.up = Linear(width, config.intermediate_size, rngs)
         self.down = Linear(config.intermediate_size, width, rngs)
-        self.output_norm = _layer_norm(config, rngs)
+        self.output_norm = layer_norm(config, rngs)
         self.heads = config.num_attention_heads
 
     def __call__(
@@ -165,14 +167,29 @@ class Layer(nnx.Module):
         *,
         packed: bool,
     ) -> Float[Array, "b l d"]:
-        first, second = (None, None) if keys is None else _split(keys, 2)
+        q, k, v = self.projected(hidden, hidden)
+        return self.after(hidden, attention(q, k, v, segments, packed=packed), dropout, keys)
+
+    def projected(self, queries: Float[Array, "b l d"], seen: Float[Array, "b m d"]) -> tuple[Array, Array, Array]:
+        """q `[b, l, h, k]` of the queries, k and v `[b, m, h, k]` of what they see, in the kernels' dtype."""
         q, k, v = (
-            project(hidden).astype(self.q.kernel.dtype).reshape(*hidden.shape[:2], self.heads, -1)
-            for project in (self.q, self.k, self.v)
+            project(x).astype(self.q.kernel.dtype).reshape(*x.shape[:2], self.heads, -1)
+            for project, x in ((self.q, queries), (self.k, seen), (self.v, seen))
         )
-        attended = attention(q, k, v, segments, packed=packed).reshape(hidden.shape)
-        hidden = self.attention_norm(hidden + _drop(self.attention_out(attended), dropout, first))
-        return self.output_norm(hidden + _drop(self.down(_gelu(self.up(hidden))), dropout, second))
+        return q, k, v
+
+    def after(
+        self,
+        hidden: Float[Array, "b l d"],
+        attended: Float[Array, "b l h k"],
+        dropout: float,
+        keys: Key[Array, "b"] | None,
+    ) -> Float[Array, "b l d"]:
+        """The layer from its attention on."""
+        first, second = (None, None) if keys is None else split_keys(keys, 2)
+        mixed = self.attention_out(attended.reshape(hidden.shape))
+        hidden = self.attention_norm(hidden + drop(mixed, dropout, first))
+        return self.output_norm(hidden + drop(self.down(gelu(self.up(hidden))), dropout, second))
 
 
 class Encoder(nnx.Module):
@@ -201,8 +218,8 @@ class Encoder(nnx.Module):
         `attention`. dropout: probability on hidden states, in training only; needs `keys`, one a row, so that what is dropped
         of a row does not depend on the rows beside it. remat: what of each layer the backward pass computes again.
         """
-        each = None if keys is None else _split(keys, 1 + len(self.layers))
-        hidden = _drop(self.embeddings(ids, positions), dropout, None if each is None else each[0])
+        each = None if keys is None else split_keys(keys, 1 + len(self.layers))
+        hidden = drop(self.embeddings(ids, positions), dropout, None if each is None else each[0])
         # The layers are alike: one is traced, compiled and run in a loop over the stacked parameters of all.
         graph = nnx.split(self.layers[0])[0]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in self.layers))
@@ -211,21 +228,21 @@ class Encoder(nnx.Module):
             state, layer_keys = one
             return nnx.merge(graph, state)(hidden, segments, dropout, layer_keys, packed=packed), None
 
-        run = jax.checkpoint(run, prevent_cse=False, policy=_KEPT[remat])
+        run = jax.checkpoint(run, prevent_cse=False, policy=KEPT[remat])
         return jax.lax.scan(run, hidden, (stacked, None if each is None else each[1:]))[0]
 
 
-def _gelu(x: Array) -> Array:
+def gelu(x: Array) -> Array:
     """x · Φ(x) by erf, as PyTorch computes it (the tanh form is 7e-4 off; jax.nn.gelu's erfc takes twice as long on CPU)."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
-def _split(keys: Key[Array, "b"], count: int) -> Key[Array, "n b"]:
+def split_keys(keys: Key[Array, "b"], count: int) -> Key[Array, "n b"]:
     """`count` keys of each row's key."""
     return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
-def _drop(x: Float[Array, "b l d"], rate: float, keys: Key[Array, "b"] | None) -> Float[Array, "b l d"]:
+def drop(x: Float[Array, "b l d"], rate: float, keys: Key[Array, "b"] | None) -> Float[Array, "b l d"]:
     """Inverted dropout; without a rate or keys, x itself."""
     if rate == 0.0 or keys is None:
         return x

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from m3jax.tokenization import Tokenizer
 
 # Every call of the mathematics is checked against the shapes in its signature; before anything imports it.
-_MATHEMATICS = ("attention", "heads", "kernels", "losses", "model", "scores", "xlm_roberta")
+_MATHEMATICS = ("attention", "heads", "kernels", "losses", "model", "retromae", "scores", "xlm_roberta")
 install_import_hook([f"m3jax.{name}" for name in _MATHEMATICS], "beartype.beartype")
 
 LINES = [

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 pytest.importorskip("optax", reason="training needs the train extra")
@@ -95,7 +94,7 @@ def test_a_step_is_compiled_for_a_device_s_rows_tokens_and_memory(monkeypatch, t
             lower=lambda *given: lowered.append(given) or SimpleNamespace(compile=lambda: compile(parts))
         )
 
-    batch = SimpleNamespace(query_ids=np.zeros((32, 8)), passage_ids=np.zeros((128, 128)))  # of two devices
+    batch = SimpleNamespace(sides={"queries": (32, 8), "passages": (128, 128)})  # of two devices
     _, parts, used = compile_step(make, "state", batch, 2, tokens)
     assert parts.passages in ((passages,) if tokens else (passages, 2 * passages)) and lowered[-1] == ("state", batch)
     assert tokens or used <= 0.92 * memory

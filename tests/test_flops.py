@@ -85,7 +85,7 @@ def test_the_encoder_s_passes_beside_the_traced_products(frozen, remat, parts):
             return apply(MODEL, params, ids, ids >= 0, remat=remat).token_weights
 
         texts = jnp.ones((rows, length), int), jnp.ones((passages, passage_length), int)
-        return sum((encode_in(count, encode, ids) ** 2).sum() for count, ids in zip(parts, texts, strict=True))
+        return sum((encode_in(count, encode, ids) ** 2).sum() for count, ids in zip(parts[:2], texts, strict=True))
 
     traced = jax.make_jaxpr(jax.grad(loss))(shapes(MODEL))
     used, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))

@@ -278,5 +278,5 @@ def test_the_network_of_copied_layers_is_the_network(layers):
     """Its graph and shapes are traced with one layer and copied; the same as tracing all."""
     config = M3Config.tiny(num_hidden_layers=layers)
     graph, state = nnx.split(nnx.eval_shape(lambda: model.Network(config, nnx.Rngs(0))))
-    assert model._abstract(config)[0] == graph
+    assert model.abstract(model.Network, config)[0] == graph
     assert shapes(config) == nnx.to_pure_dict(state)

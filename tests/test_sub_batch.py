@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.sub_batch import encode_in, sub_batches_of
+from train.sub_batch import encode_in, sub_batches_of, sum_in
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +36,25 @@ def test_rows_come_back_in_their_order(count):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), parts, whole)
     expected, got = (jax.grad(loss, (0, 1))(weights, x, n) for n in (1, count))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_sums_over_rows_add_up(count):
+    weights, x = (np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((5, 4), (6, 5)))
+
+    def sums(weights, parts):
+        return sum_in(parts, lambda rows: jax.tree.map(jnp.sum, encode(weights, rows)), x)
+
+    def loss(weights, parts):
+        found = sums(weights, parts)
+        return found["sum"] * found["hidden"]
+
+    for found, expected in zip(
+        (sums(weights, count), jax.grad(loss)(weights, count)),
+        (sums(weights, 1), jax.grad(loss)(weights, 1)),
+        strict=True,
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
 def test_only_results_and_rows_are_kept():

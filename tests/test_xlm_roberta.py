@@ -235,7 +235,7 @@ def test_dropout(params):
 
 def test_dropout_keeps_the_mean():
     x = jnp.full((4, 50, 500), 3.0)
-    dropped = np.asarray(m3jax.xlm_roberta._drop(x, 0.25, jax.random.split(jax.random.key(0), 4)))
+    dropped = np.asarray(m3jax.xlm_roberta.drop(x, 0.25, jax.random.split(jax.random.key(0), 4)))
     assert all((dropped[row] != dropped[0]).any() for row in (1, 2, 3))
     assert set(np.unique(dropped)) == {0.0, 4.0}
     assert abs(dropped.mean() - 3.0) < 5 * math.sqrt(3.0 / dropped.size)  # 5 standard errors: variance 4² · ¾ · ¼
@@ -243,7 +243,7 @@ def test_dropout_keeps_the_mean():
 
 def test_every_dropout_has_a_key_of_its_own(monkeypatch):
     used = []
-    monkeypatch.setattr(m3jax.xlm_roberta, "_drop", lambda x, rate, keys: used.append(jax.random.key_data(keys)) or x)
+    monkeypatch.setattr(m3jax.xlm_roberta, "drop", lambda x, rate, keys: used.append(jax.random.key_data(keys)) or x)
 
     monkeypatch.setattr(
         jax, "checkpoint", lambda run, **_: run

@@ -123,7 +123,11 @@ class Checkpoints:
         step = self.last
         assert step is not None
         folder = self._directory / str(step)
-        _, params, _ = checkpoint.read(folder, sharding=lambda _: jax.tree.map(lambda x: x.sharding, state.params))
+        _, params, _ = checkpoint.read(
+            folder,
+            sharding=lambda _: jax.tree.map(lambda x: x.sharding, state.params),
+            shapes=lambda _: jax.eval_shape(lambda: state.params),
+        )
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.optimizer)
         restore = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
         moments = self._manager.restore(step, args=ocp.args.Composite(**{_OPTIMIZER: restore}))[_OPTIMIZER]

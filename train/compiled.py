@@ -32,10 +32,10 @@ class CompiledStep:
         self._make = make
         self._row_groups = row_groups
         self._tokens = sub_batch_tokens
-        self._programs: dict[tuple[int, ...], Compiled] = {}
+        self._programs: dict[Any, Compiled] = {}
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        shape = (*batch.query_ids.shape, *batch.passage_ids.shape)
+        shape = tuple(batch.sides.values())
         if shape not in self._programs:
             self._programs[shape], _, _ = compile_step(self._make, state, batch, self._row_groups, self._tokens)
         return self._programs[shape](state, batch)
@@ -48,38 +48,39 @@ def compile_step(
 
     The other arguments are those of CompiledStep.
     """
-    (queries, query_length), (passages, passage_length) = batch.query_ids.shape, batch.passage_ids.shape
-    say(f"compiling for {queries} queries of {query_length} tokens and {passages} passages of {passage_length} …")
+    (first, (rows, length)), *others = batch.sides.items()
+    said = [f"{rows} {first} of {length} tokens", *(f"{rows} {name} of {length}" for name, (rows, length) in others)]
+    say(f"compiling for {' and '.join(said)} …")
     program, parts, used = fitting(
         lambda parts: make(parts).lower(state, batch).compile(),
-        queries=(queries // row_groups, query_length),
-        passages=(passages // row_groups, passage_length),
         tokens=sub_batch_tokens,
         limit=_smallest_everywhere(_SHARE * device_memory()),
+        **{name: (rows // row_groups, length) for name, (rows, length) in batch.sides.items()},
     )
-    if parts.passages > 1:
-        say(f"  passages in {parts.passages} sub-batches, {used / 1e9:.1f} GB a device")
+    longer = [*batch.sides][-1]
+    if (count := getattr(parts, longer)) > 1:
+        say(f"  {longer} in {count} sub-batches, {used / 1e9:.1f} GB a device")
     return program, parts, used
 
 
 def fitting(
     compile: Callable[[SubBatches], Compiled],
     *,
-    queries: tuple[int, int],
-    passages: tuple[int, int],
     tokens: int,
     limit: float,
+    **sides: tuple[int, int],
 ) -> tuple[Compiled, SubBatches, int]:
     """The program of the fewest sub-batches that uses at most `limit` bytes a device, its sub-batches, and what it uses.
 
-    queries, passages: a device's rows and their length. tokens: of a sub-batch, taken as it is; 0 looks for it. A first
-    program tells what does not depend on the sub-batches (parameters, moments, embeddings of the batch) from what does, which
-    gives the next to try, so two or three are compiled. Where the compiler itself refuses a program that is larger than the
-    memory (TPU's does), half the tokens are tried. ValueError where one row at a time is still too large, or what is given.
+    sides: the fields of SubBatches that a batch has, with a device's rows and their length. tokens: of a sub-batch, taken as
+    it is; 0 looks for it. A first program tells what does not depend on the sub-batches (parameters, moments, embeddings of
+    the batch) from what does, which gives the next to try, so two or three are compiled. Where the compiler itself refuses a
+    program that is larger than the memory (TPU's does), half the tokens are tried. ValueError where one row at a time is still
+    too large, or what is given.
     """
-    given, tokens = tokens, tokens or max(rows * length for rows, length in (queries, passages))
+    given, tokens = tokens, tokens or max(rows * length for rows, length in sides.values())
     while True:
-        parts = SubBatches(*(sub_batches_of(tokens, *side) for side in (queries, passages)))
+        parts = SubBatches(**{name: sub_batches_of(tokens, *side) for name, side in sides.items()})
         try:
             program = compile(parts)
         except jax.errors.JaxRuntimeError as error:
@@ -91,11 +92,12 @@ def fitting(
             if given or used <= limit:
                 return program, parts, used
             takes = f"{used / 1e9:.1f} GB"
-        if given or parts == SubBatches(queries[0], passages[0]):
+        if given or parts == SubBatches(**{name: rows for name, (rows, _) in sides.items()}):
             at_a_time = f"sub_batch_tokens = {given}" if given else "one row at a time"
+            each = " and ".join(f"{rows} {name} × {length}" for name, (rows, length) in sides.items())
             raise ValueError(
                 f"a step must fit into a device's memory, {limit / 1e9:.1f} GB of which a run may use, but {at_a_time} "
-                f"of {queries[0]} queries × {queries[1]} and {passages[0]} passages × {passages[1]} a device takes {takes}; "
+                f"of {each} a device takes {takes}; "
                 f"lower {'it or ' if given else ''}the batch of this length group, set remat='all', or split parameters over "
                 "mesh.fsdp"
             )

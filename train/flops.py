@@ -3,6 +3,7 @@
 Counted by hand: XLA's own cost analysis counts a loop's body once. Not here: what a run took (meter.py) or will take (plan.py).
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax.config import M3Config
@@ -62,6 +64,20 @@ def step_flops(
         colbert += (1 + trained + head + again) * 2 * w * c * n.sum()
     colbert += (3 if trained or head else 1) * 2 * (c + sum(widths)) * queries.sum() * passages.sum()
     return Flops(model.num_hidden_layers * encoder, colbert if "colbert" in functions else 0.0)
+
+
+def reconstruction_flops(model: M3Config, lengths: Any, targets: Any) -> Any:
+    """The work of a step of stage 1 forward and backward, on texts of these lengths with so many tokens to be found in all:
+    that of the encoder, of the decoder's layer, and of the head, 2·w·(w + v) a target with v terms.
+
+    >>> import numpy as np
+    >>> one = M3Config(num_hidden_layers=23), np.array([512])
+    >>> float(reconstruction_flops(*one, 0) - step_flops(M3Config(), np.array([512]), np.array([])).encoder)
+    0.0
+    """
+    with_decoder = dataclasses.replace(model, num_hidden_layers=model.num_hidden_layers + 1)
+    layers = step_flops(with_decoder, lengths, np.zeros(0)).encoder
+    return layers + 3 * 2.0 * model.hidden_size * (model.hidden_size + model.vocab_size) * targets
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,10 +13,13 @@ import os
 import platform
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
+from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 import m3jax
@@ -52,6 +55,7 @@ from train.start import (
     with_length_groups,
 )
 from train.step import TrainState, make_state, make_step
+from train.sub_batch import SubBatches
 from train.tables import format_example, format_table
 from train.tasks import Task
 
@@ -81,7 +85,7 @@ def train(config: Config) -> dict[str, Any]:
 def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
-    clock = _Clock()
+    clock = Clock()
     dev, tests = first_then_others(lambda: read_sets(config), "read the sets that measure")
     m3 = first_then_others(lambda: start_model(config), "read or make the model")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -95,64 +99,26 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     kept |= {"hybrid_weights": hybrid_weights(config), "loss_weights": loss_arguments(config)["loss_weights"]}
     settings = kept | {"data": source.name}
     optimizer = make_optimizer(config)
-    folder, best = checkpoints_of(config), config.keep_best if dev else ""
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(folder, keep=config.keep_checkpoints, best=best, settings=settings) as saved,
-    ):
-        saved.check(m3.config)  # before anything is written
-        state = make_state(m3.params, optimizer, mesh)
-        m3 = dataclasses.replace(m3, params={})  # the state has them; random ones lay whole on one device
-        first = saved.last or 0
-        untrained = _untrained(config, run, _model(m3, state), tests, going_on=first > 0)
-        clock.lap("evaluate")
-        if first:
-            state = saved.restore(state)
-            say(f"going on after step {first}")
-        fixed = FrozenConfigDict(config)
-        step = CompiledStep(
-            lambda sub_batches: make_step(m3.config, fixed, optimizer, mesh, state, sub_batches),
-            row_groups=batches.parts,
-            sub_batch_tokens=config.sub_batch_tokens,
-        )
-        rate = matrix_rate(mesh, config.dtype)
-        with (
-            Log(run, after=first) as log,
-            Meter(config, log, batches, first=first, rate=rate) as meter,
-            preemption.deferred(),
-        ):
-            if dev is not None and first and _at(config.evaluate_every, first, config) and not saved.measured:
-                with preemption.at_once():
-                    scores = _dev_scores(config, _model(m3, state), dev)
-                log.write(first, scores)
-                saved.add_scores(m3.config, m3.tokenizer, state, first, scores)
-            for done, rows in enumerate(prefetch(batches, first, config.steps), first + 1):
-                batch = placed(rows, mesh)
-                meter.begin(batch)
-                state, measures = step(state, batch)
-                meter.run(done, measures)
-                measuring = dev is not None and _at(config.evaluate_every, done, config)
-                saving = _at(config.save_every, done, config)
-                stopping = preemption.reached(done)
-                if measuring or saving or stopping:
-                    meter.finish()  # the state must be finite, and the line written
-                scores = {}
-                if dev is not None and measuring and not stopping:
-                    clock.lap("train")
-                    try:
-                        with preemption.at_once():
-                            scores = _dev_scores(config, _model(m3, state), dev)
-                        log.write(done, scores)
-                    except Stopped:  # the run that goes on measures it
-                        stopping = True
-                    clock.lap("evaluate")
-                if saving or stopping or saved.is_best(scores):
-                    saved.save(m3.config, m3.tokenizer, state, done, scores)
-                if stopping:
-                    raise Stopped(f"stopped after step {done:,}, which is saved")
-        trained = _model(m3, state)
-    clock.lap("train")
+    untrained: list[dict[str, Any]] = []
 
+    def begin(m3: M3, first: int) -> None:
+        untrained.extend(_untrained(config, run, m3, tests, going_on=first > 0))
+
+    fixed = FrozenConfigDict(config)
+    trained, first, reached = run_steps(
+        config,
+        m3,
+        batches,
+        lambda state, sub_batches: make_step(m3.config, fixed, optimizer, mesh, state, sub_batches),
+        optimizer,
+        mesh,
+        settings=settings,
+        best=config.keep_best if dev else "",
+        begin=begin,
+        measure=None if dev is None else lambda m3: _dev_scores(config, m3, dev),
+        clock=clock,
+        preemption=preemption,
+    )
     known = {
         "name": config.name,
         "config": config.to_dict(),
@@ -180,8 +146,8 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     results = known | {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": clock.seconds(whole=first == 0),
-        "hardware": f"{mesh.size} × {jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} CPU cores)",
-        "versions": {name: importlib.metadata.version(name) for name in ("m3jax", "jax", "flax", "optax")},
+        "hardware": hardware(mesh),
+        "versions": versions(),
         "commands": _next_commands(config, run),
         "model": "model",
         "evaluations": [one.to_dict() | {"model": "trained"} for one in evaluations] + untrained,
@@ -195,8 +161,8 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     report = write_report(run)
     took = f" after going on from step {first}" if first else ""
     better = ""
-    if saved.best and saved.best[0] != config.steps:
-        better = f"best    {folder}/{saved.best[0]}, {best} {saved.best[1]:.3f}\n"
+    if reached and reached[0] != config.steps:
+        better = f"best    {checkpoints_of(config)}/{reached[0]}, {config.keep_best} {reached[1]:.3f}\n"
     say("\n" + format_table(results))
     if example:
         say("\n" + format_example(example, bold=os.isatty(1)))
@@ -206,12 +172,102 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     return results
 
 
+def run_steps(
+    config: Config,
+    m3: M3,
+    batches: Any,
+    make: Callable[[TrainState, SubBatches], Any],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    settings: dict[str, Any],
+    best: str,
+    begin: Callable[[M3, int], None],
+    measure: Callable[[M3], dict[str, float]] | None,
+    clock: "Clock",
+    preemption: Preemption,
+) -> tuple[M3, int, tuple[int, float] | None]:
+    """All steps of a run, of whatever stage: the model after them, the step they went on from, and the best one and its score.
+
+    make: the jitted step for states placed like one, in sub-batches. settings: what a run goes on only with. begin: called with
+    the model before the first step, and the number of steps that are done. measure: scores of a model by name, for the log and
+    for what is the `best` checkpoint. The parameters of `m3` are dropped for the state's.
+    """
+    run = Path(config.output)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(checkpoints_of(config), keep=config.keep_checkpoints, best=best, settings=settings) as saved,
+    ):
+        saved.check(m3.config)  # before anything is written
+        state = make_state(m3.params, optimizer, mesh)
+        m3.params.clear()  # the state has them; random ones lay whole on one device
+        first = saved.last or 0
+        begin(_model(m3, state), first)
+        clock.lap("evaluate")
+        if first:
+            state = saved.restore(state)
+            say(f"going on after step {first}")
+        step = CompiledStep(
+            lambda sub_batches: make(state, sub_batches),
+            row_groups=batches.parts,
+            sub_batch_tokens=config.sub_batch_tokens,
+        )
+        rate = matrix_rate(mesh, config.dtype)
+        with (
+            Log(run, after=first) as log,
+            Meter(config, log, batches, first=first, rate=rate) as meter,
+            preemption.deferred(),
+        ):
+            if measure and first and _at(config.evaluate_every, first, config) and not saved.measured:
+                with preemption.at_once():
+                    scores = measure(_model(m3, state))
+                log.write(first, scores)
+                saved.add_scores(m3.config, m3.tokenizer, state, first, scores)
+            for done, rows in enumerate(prefetch(batches, first, config.steps), first + 1):
+                batch = placed(rows, mesh)
+                meter.begin(batch)
+                state, measures = step(state, batch)
+                meter.run(done, measures)
+                measuring = measure is not None and _at(config.evaluate_every, done, config)
+                saving = _at(config.save_every, done, config)
+                stopping = preemption.reached(done)
+                if measuring or saving or stopping:
+                    meter.finish()  # the state must be finite, and the line written
+                scores = {}
+                if measure and measuring and not stopping:
+                    clock.lap("train")
+                    try:
+                        with preemption.at_once():
+                            scores = measure(_model(m3, state))
+                        log.write(done, scores)
+                    except Stopped:  # the run that goes on measures it
+                        stopping = True
+                    clock.lap("evaluate")
+                if saving or stopping or saved.is_best(scores):
+                    saved.save(m3.config, m3.tokenizer, state, done, scores)
+                if stopping:
+                    raise Stopped(f"stopped after step {done:,}, which is saved")
+        trained = _model(m3, state)
+    clock.lap("train")
+    return trained, first, saved.best
+
+
+def hardware(mesh: Mesh) -> str:
+    """The devices of a run and their host, for a reader."""
+    return f"{mesh.size} × {jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} CPU cores)"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in ("m3jax", "jax", "flax", "optax")}
+
+
 def _at(every: int, done: int, config: Config) -> bool:
     """Whether something that happens `every` so many steps, and at the end, happens after `done` steps."""
     return done % every == 0 or done == config.steps
 
 
-class _Clock:
+class Clock:
     """Seconds of a run by what they went to."""
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ Not here: what a run does (loop.py) and what its keys mean (configs/base.py).
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -29,14 +30,22 @@ def main(arguments: Sequence[str]) -> None:
         with libraries_to(log):
             from train.loop import train
             from train.preemption import EXIT_CODE, Stopped
+            from train.pretrain import pretrain
 
             try:
-                train(config)
+                {"contrastive": train, "retromae": pretrain}[stage_of(config)](config)
             except Stopped as stopped:
                 say(f"{stopped}; start the same command again to go on")
                 raise SystemExit(EXIT_CODE) from stopped
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def stage_of(config: Any) -> str:
+    """The config's stage; ValueError where there is none of that name."""
+    if config.stage not in ("contrastive", "retromae"):
+        raise ValueError(f"stage is 'contrastive' or 'retromae', got {config.stage!r}; take it from a file of configs/")
+    return config.stage
 
 
 def parse(arguments: Sequence[str]) -> list[str]:

@@ -70,7 +70,7 @@ class Meter:
 
     def begin(self, batch: Batch) -> None:
         """A step on `batch` begins."""
-        shape = (batch.query_ids.shape, batch.passage_ids.shape)
+        shape = tuple(batch.sides.values())
         self._compiles = shape not in self._shapes
         if self._compiles:
             self.finish()  # compiling is not its time

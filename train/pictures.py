@@ -135,17 +135,20 @@ def _legend(axes: Axes, columns: int) -> None:
 
 
 def draw_loss(metrics: Sequence[Mapping[str, float]]) -> str | None:
-    """The loss of each function by step, self-distillation below it once there is some; None without either.
+    """The loss of each function by step, self-distillation below it once there is some, or of stage 1's parts; None without.
 
     Here and in the next two, each logged value is thin, and the mean of the last `smoothing_window` of them bold; the axis is
     logarithmic where the values span more than a factor of ten.
     """
-    parts = ("dense", "sparse", "colbert", "hybrid")
+    contrastive, masked = ("dense", "sparse", "colbert", "hybrid"), ("encoder", "decoder")
+    panels = (
+        ("loss", contrastive, "Contrastive loss"),
+        ("distill", contrastive, "Self-distillation loss"),
+        ("loss", masked, "Masked-language loss"),
+        ("dev", masked, "Masked-language loss on held-out texts"),
+    )
     return _draw_panels(
-        {
-            title: {part: series(metrics, f"{prefix}/{part}") for part in parts}
-            for prefix, title in (("loss", "Contrastive loss"), ("distill", "Self-distillation loss"))
-        },
+        {title: {part: series(metrics, f"{prefix}/{part}") for part in parts} for prefix, parts, title in panels},
         smoothing_window(metrics),
     )
 

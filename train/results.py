@@ -56,6 +56,9 @@ class Results(TypedDict):
     versions: NotRequired[dict[str, str]]
     commands: NotRequired[list[str]]
     model: NotRequired[str]
+    losses: NotRequired[
+        dict[str, dict[str, float]]
+    ]  # of stage 1: {"trained" or "untrained": {part: on held-out texts}}
     evaluations: NotRequired[list[Evaluation]]
     example: NotRequired[Example | None]
 

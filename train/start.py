@@ -171,17 +171,7 @@ def start_model(config: Config, *, values: bool = True) -> M3:
         named = config.tokenizer
         if not named and _DEMO in listed(config.data.train):
             named = str(path_of(config, f"{_DEMO}/tokenizer.json"))
-        if not named:
-            raise ValueError(
-                "random weights need a tokenizer: give --config.tokenizer=tokenizer.json, or --config.init_from"
-            )
-        if not Path(named).is_file():
-            raise ValueError(f"tokenizer names a tokenizer.json, got {named!r}, which is no file")
-        tokenizer = Tokenizer.from_file(named)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "pad", "eos", "unk")}
-        sizes = config.model.to_dict()
-        sizes["colbert_dim"] = sizes["colbert_dim"] or sizes["hidden_size"]
-        model = M3Config(vocab_size=tokenizer.vocab_size, **sizes, **ids)
+        model, tokenizer = new_model(config, named)
         m3 = M3(model, init(model, jax.random.key(config.seed)) if values else shapes(model), tokenizer)
     for key in ("query_max_length", "passage_max_length"):
         if config[key] > m3.config.max_length:
@@ -193,6 +183,21 @@ def start_model(config: Config, *, values: bool = True) -> M3:
                 f"matryoshka.{function} holds widths from 1 to below the full one, {most}, each once; got {widths}"
             )
     return m3
+
+
+def new_model(config: Config, named: str) -> tuple[M3Config, Tokenizer]:
+    """The sizes of random weights, with the tokenizer of the file `named`; ValueError where it is none."""
+    if not named:
+        raise ValueError(
+            "random weights need a tokenizer: give --config.tokenizer=tokenizer.json, or --config.init_from"
+        )
+    if not Path(named).is_file():
+        raise ValueError(f"tokenizer names a tokenizer.json, got {named!r}, which is no file")
+    tokenizer = Tokenizer.from_file(named)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("cls", "pad", "eos", "unk")}
+    sizes = config.model.to_dict()
+    sizes["colbert_dim"] = sizes["colbert_dim"] or sizes["hidden_size"]
+    return M3Config(vocab_size=tokenizer.vocab_size, **sizes, **ids), tokenizer
 
 
 def _read(config: Config) -> M3:
@@ -248,8 +253,6 @@ def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
 def start_batches(config: Config, source: RowSource, mesh: Mesh, model: M3Config) -> Batches:
     """The batches of the run by step, of the config's length groups: of each the rows that this process holds."""
     held, row_groups = rows_held(mesh)
-    # Attention on TPU has a kernel for rows of 128 tokens and their multiples alone.
-    tpu = mesh.devices.flat[0].platform == "tpu" and model.max_length % 128 == 0
     return Batches(
         source,
         seed=config.seed,
@@ -259,10 +262,15 @@ def start_batches(config: Config, source: RowSource, mesh: Mesh, model: M3Config
         same_dataset=config.data.same_dataset,
         weights=config.data.weights,
         shuffle_segments=config.shuffle_segments,
-        step=128 if tpu else 1,
+        step=length_step(mesh, model),
         held=held,
         parts=row_groups,
     )
+
+
+def length_step(mesh: Mesh, model: M3Config) -> int:
+    """What lengths of rows are multiples of: attention on TPU has a kernel for rows of 128 tokens and their multiples alone."""
+    return 128 if mesh.devices.flat[0].platform == "tpu" and model.max_length % 128 == 0 else 1
 
 
 def checkpoints_of(config: Config) -> str:

@@ -66,7 +66,7 @@ def loss_and_parts(
 
     def encode(ids: jax.Array, mask: jax.Array, keys: jax.Array) -> Representations:
         # Cast in here: what the parts give to the gradient of a parameter is summed in float32.
-        ours = _cast_kernels(params, config.dtype)
+        ours = cast_kernels(params, config.dtype)
         found = apply(model, ours, ids, mask, dropout=config.dropout, key=keys, remat=config.remat)
         # Of all that a batch keeps these grow with its tokens, in halves half as much; their products have float32 sums.
         return dataclasses.replace(found, colbert=found.colbert.astype(config.dtype))
@@ -101,7 +101,7 @@ def loss_and_parts(
     return loss, measures
 
 
-def _cast_kernels(params: Params, dtype: str) -> Params:
+def cast_kernels(params: Params, dtype: str) -> Params:
     """The tables of embeddings stay float32: the gradient of a row is a sum over all tokens that have it, which halves would
     not hold."""
     return jax.tree_util.tree_map_with_path(
@@ -141,20 +141,36 @@ def make_step(
     sub_batches: SubBatches = ONE_PASS,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step for states placed like `state`, whose buffers it takes over."""
+
+    def loss(params: Params, batch: Batch, done: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        distill = (config.distill_start >= 0) & (done >= config.distill_start)
+        value, measures = loss_and_parts(model, config, params, batch, distill, key, sub_batches)
+        return value, measures | work(model, batch, config.frozen)
+
+    return step_on(loss, config, optimizer, mesh, state)
+
+
+def step_on(
+    loss: Callable[[Params, Any, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step down a loss of (parameters, batch, steps done, the step's key), which gives measures of its own too."""
     labels = parameter_groups(config, state.params)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        distill = (config.distill_start >= 0) & (state.step >= config.distill_start)
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
-        def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def of(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
             trained = jax.tree.map(lambda x, name: jax.lax.stop_gradient(x) if name == FROZEN else x, params, labels)
-            return loss_and_parts(model, config, trained, batch, distill, key, sub_batches)
+            return loss(trained, batch, state.step, key)
 
         with jax.default_matmul_precision(precision(config.dtype)):
-            gradients, measures = jax.grad(loss, has_aux=True)(state.params)
+            gradients, measures = jax.grad(of, has_aux=True)(state.params)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        measures |= gradient_norms(gradients) | work(model, batch, config.frozen)
+        measures |= gradient_norms(gradients)
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, moments, state.step + 1), measures
 
@@ -164,8 +180,9 @@ def make_step(
 
 
 def gradient_norms(gradients: Params) -> dict[str, jax.Array]:
-    """The global norm, before it is clipped, and that of the encoder and of each head."""
+    """The global norm, before it is clipped, and that of the encoder, of each head and of stage 1's decoder."""
     parts = {"encoder": "encoder/", "sparse": "heads/sparse_linear/", "colbert": "heads/colbert_linear/"}
+    parts |= {"lm_head": "lm_head/", "decoder": "decoder/"}
     norms = {"gradient_norm": optax.tree.norm(gradients)}
     for part, prefix in parts.items():
         if of := [x for path, x in flatten(gradients).items() if path.startswith(prefix)]:

@@ -14,13 +14,14 @@ T = TypeVar("T")
 
 
 class SubBatches(NamedTuple):
-    """In how many parts the queries and the passages of a batch are encoded."""
+    """In how many parts the sides of a batch are encoded: its queries and its passages, or in stage 1 its texts."""
 
-    queries: int
-    passages: int
+    queries: int = 1
+    passages: int = 1
+    texts: int = 1
 
 
-ONE_PASS = SubBatches(1, 1)
+ONE_PASS = SubBatches()
 
 
 def sub_batches_of(tokens: int, rows: int, length: int) -> int:
@@ -50,6 +51,16 @@ def encode_in(sub_batches: int, encode: Callable[..., T], *rows: jax.Array) -> T
         lambda part: jax.checkpoint(encode, prevent_cse=False)(*part), tuple(_split(x, sub_batches) for x in rows)
     )
     return jax.tree.map(_join, parts)
+
+
+def sum_in(sub_batches: int, sums: Callable[..., T], *rows: jax.Array) -> T:
+    """sums(*rows), of which each number is a sum over the rows, added up over `sub_batches` equal parts as in `encode_in`."""
+    if sub_batches == 1:
+        return sums(*rows)
+    parts = jax.lax.map(
+        lambda part: jax.checkpoint(sums, prevent_cse=False)(*part), tuple(_split(x, sub_batches) for x in rows)
+    )
+    return jax.tree.map(lambda x: x.sum(axis=0), parts)
 
 
 def _split(x: jax.Array, count: int) -> jax.Array:

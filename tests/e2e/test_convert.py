@@ -22,7 +22,7 @@ pytest.importorskip("orbax.checkpoint", reason="Orbax checkpoints need the train
 
 import m3jax
 from convert.__main__ import main
-from m3jax import pickles, safetensor_files, sources
+from m3jax import checkpoint, pickles, safetensor_files, sources
 from m3jax.config import M3Config
 from m3jax.model import init
 
@@ -321,7 +321,13 @@ def test_a_masked_language_model(released, tmp_path, capsys):
     directory = finite(released, tmp_path)
     kept = safetensor_files.read(directory / "model.safetensors")
     renamed = {f"roberta.{name}": x for name, x in kept.items() if not name.startswith("pooler.")}
-    renamed |= {"lm_head.bias": np.zeros(3, np.float32), "roberta.embeddings.position_ids": np.arange(20)[None]}
+    terms, width = kept["embeddings.word_embeddings.weight"].shape
+    vectors = dict.fromkeys(("dense.bias", "layer_norm.weight", "layer_norm.bias"), (width,))
+    sizes = {"dense.weight": (width, width), **vectors, "bias": (terms,), "decoder.bias": (terms,)}
+    head = {f"lm_head.{name}": np.random.default_rng(0).normal(size=size) for name, size in sizes.items()}
+    renamed |= {name: x.astype(np.float16) for name, x in head.items()} | {
+        "roberta.embeddings.position_ids": np.arange(20)[None]
+    }
     pickles.write(directory / "pytorch_model.bin", renamed)
     for name in ("model.safetensors", *HEADS):
         (directory / name).unlink()
@@ -331,7 +337,10 @@ def test_a_masked_language_model(released, tmp_path, capsys):
     capsys.readouterr()
     main(["from-pytorch", str(directory), orbax, "--heads", "init", "--extend-positions", "70"])
     said = capsys.readouterr().err
-    assert f"warning: {directory}: the language-model head is dropped, M3 has none: lm_head.bias\n" in said
+    assert f"warning: {directory}: the language-model head is no part of an M3 model: lm_head.bias, " in said
+    beside = checkpoint.read_lm_head(orbax)  # for stage 1
+    np.testing.assert_array_equal(beside["dense"]["kernel"], head["lm_head.dense.weight"].astype(np.float16).T)
+    np.testing.assert_array_equal(beside["bias"], head["lm_head.bias"].astype(np.float16))
     m3 = m3jax.load(orbax)
     assert m3.config.max_length == 68 and not m3.config.pooler
     table = np.asarray(m3.params["encoder"]["embeddings"]["position_embeddings"]["embedding"])

@@ -4,7 +4,7 @@ make batches with which in `streams`. Devices and meshes are not known here.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -39,6 +39,11 @@ class Batch(NamedTuple):
     passage_present: np.ndarray  # bool [B·G]
     own_group: np.ndarray  # bool [B]
     teacher_scores: np.ndarray  # float32 [B, G]
+
+    @property
+    def sides(self) -> dict[str, tuple[int, int]]:
+        """The rows and the length of what is encoded."""
+        return {"queries": self.query_ids.shape, "passages": self.passage_ids.shape}
 
 
 class _Passage(NamedTuple):
@@ -81,8 +86,6 @@ class Batches:
     ):
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1 (the positive); {group_size} came.")
-        if not groups or list(groups) != sorted(groups) or len({g.max_length for g in groups}) < len(groups):
-            raise ValueError(f"length groups must stand in increasing order of max_length; {list(groups)} came.")
         for group in groups:
             if group.batch_size < 1 or group.batch_size % parts:
                 raise ValueError(
@@ -210,7 +213,7 @@ class Batches:
         )
 
 
-def prefetch(batches: Batches, start_step: int, num_steps: int) -> Iterator[Batch]:
+def prefetch(batches: Any, start_step: int, num_steps: int) -> Iterator[Any]:
     """The batches of steps `start_step` to `num_steps` − 1 in order, a few ahead of the reader on two of Grain's threads."""
     steps = grain.MapDataset.range(start_step, num_steps).map(batches.__getitem__)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

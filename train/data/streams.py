@@ -125,7 +125,7 @@ def make_streams(
     datasets = source.datasets if same_dataset else [Dataset("all datasets", len(source), False)]
     weights = _weights(source, same_dataset, weights)
     _check_own_groups(source)
-    group_of = _group_of(source, groups)
+    group_of = group_of_each(np.maximum(source.query_lengths, source.passage_lengths), groups)
     sizes = group_sizes(source, group_size)
     starts = np.cumsum([0, *(dataset.rows for dataset in datasets)])
     streams = []
@@ -203,9 +203,13 @@ def _check_own_groups(source: Source) -> None:
             )
 
 
-def _group_of(source: Source, groups: Sequence[LengthGroup]) -> np.ndarray:
-    """The length group of each row; rows too few for a batch of theirs have the next longer one."""
-    longest = np.maximum(source.query_lengths, source.passage_lengths)
+def group_of_each(longest: np.ndarray, groups: Sequence[LengthGroup]) -> np.ndarray:
+    """The length group of each row by its longest text; rows too few for a batch of theirs have the next longer one.
+
+    ValueError for groups out of order, for rows that no group takes, and for too few rows for a batch of the last group.
+    """
+    if not groups or list(groups) != sorted(groups) or len({g.max_length for g in groups}) < len(groups):
+        raise ValueError(f"length groups must stand in increasing order of max_length; {list(groups)} came.")
     bounds = [group.max_length for group in groups]
     group_of = np.searchsorted(bounds, longest)
     if over := int((group_of == len(groups)).sum()):

@@ -1,0 +1,28 @@
+"""Stage 1 of the paper: RetroMAE, masked auto-encoding of plain texts, before any pairs of texts are needed.
+
+The defaults are the paper's, for 32 devices of 40 GB. Give `--config.data.train=texts.jsonl` (or .txt, a folder, tfds:NAME) and
+`--config.init_from=DIRECTORY`, which `python -m convert from-pytorch FacebookAI/xlm-roberta-large DIRECTORY --heads init
+--extend-positions 8194` writes (or a `--config.tokenizer` for random weights). Two CPU cores, a small model:
+`--config.length_groups='((128, 32),)' --config.passage_max_length=128 --config.steps=400 --config.learning_rate=5e-4`. The run
+releases the encoder alone; stage 2 starts from it with `--config.init_from=runs/retromae/model --config.heads=init`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """What stage 1 has otherwise than base.py."""
+    config = base.get_config()
+    config.name = "retromae"
+    config.output = "runs/retromae"
+    config.stage = "retromae"
+    # PAPER §3: 32 texts a device × 16 accumulated × 32 devices; of one length group at a time, as in its later stages (§4).
+    # Sub-batches take the place of accumulating.
+    config.length_groups = tuple((length, 16384) for length in (500, 1000, 2000, 3000, 4000, 5000, 6000, 7000, 8192))
+    config.steps = 20000  # PAPER §3
+    config.learning_rate = 7e-5  # PAPER §3
+    config.distill_start = -1
+    config.keep_best = ""
+    return config
