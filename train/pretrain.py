@@ -186,9 +186,9 @@ def _named(measured: dict[str, float]) -> dict[str, float]:
 
 
 def _next_command(model: Path) -> str:
-    """Contrastive training from the encoder, the rows still to be named."""
-    start = f"--config.init_from={shlex.quote(str(model))} --config.heads=init"
-    return f"python -m train.main --config configs/unified.py {start} --config.data.train=rows.jsonl"
+    """Stage 2 from the encoder, the pairs still to be named."""
+    start = f"--config.init_from={shlex.quote(str(model))}"
+    return f"python -m train.main --config configs/dense.py {start} --config.data.train=pairs.jsonl"
 
 
 def _describe(config: Config, m3: M3, texts: Texts, mesh: Mesh) -> str:
