@@ -40,15 +40,24 @@ _KEPT = (
     *("learning_rate", "learning_rate_scale", "warmup", "weight_decay", "clip", "adam_b1", "adam_b2", "adam_eps"),
     *("dropout", "dtype"),
 )
-# What would do nothing here, and the value that says so.
+# What would do nothing here, and the value that says so: but for two, base.py's own.
 _OF_OTHER_STAGES = {
+    "query_max_length": 512,
+    "group_size": 8,
+    "functions": ("dense", "sparse", "colbert"),
+    "temperature": 0.02,
+    "objective": "v4",
+    "hybrid_weights": (),
+    "loss_weights": (),
     "teacher": "",
+    "teacher_temperature": 1.0,
     "keep_best": "",
     "distill_start": -1,
     "shuffle_segments": 0.0,
     "plan_only": False,
     "data.test": "",
     "data.weights": (),
+    "data.same_dataset": True,
     "matryoshka.dense": (),
     "matryoshka.colbert": (),
 }

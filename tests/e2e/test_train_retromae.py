@@ -3,6 +3,8 @@
 Not here: the losses (test_retromae.py), the texts (test_texts.py), and how well anything is learnt.
 """
 
+import functools
+import operator
 import shutil
 import warnings
 
@@ -18,11 +20,11 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 import convert.__main__
 import m3jax
 import train.loop
-from configs import retromae
+from configs import base, retromae
 from m3jax import checkpoint, weights
 from m3jax.model import flatten
 from tests.small_run import SIZES, WORDS, write
-from train.pretrain import _start, pretrain
+from train.pretrain import _OF_OTHER_STAGES, _start, pretrain
 from train.results import read_metrics, read_results
 from train.sub_batch import SubBatches
 
@@ -149,8 +151,16 @@ def test_a_masked_language_model_s_head_is_where_the_head_starts(ran, configured
         ({"data.train": ""}, 'data.train = "", expected texts'),
         ({"passage_max_length": 64}, "passage_max_length must fit the position table, at most 32, got 64"),
         ({"tokenizer": ""}, "random weights need a tokenizer"),
+        ({"temperature": 0.1}, "temperature = 0.1, which is of the later stages alone; expected 0.02"),
+        ({"group_size": 2}, "group_size = 2, which is of the later stages alone; expected 8"),
     ],
 )
 def test_what_is_refused(configured, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         pretrain(configured(tmp_path, **changes))
+
+
+def test_keys_of_the_later_stages_are_refused_but_for_what_base_says():
+    stage = {key: value for key, value in _OF_OTHER_STAGES.items() if key not in ("keep_best", "distill_start")}
+    settings = base.get_config()
+    assert {key: functools.reduce(operator.getitem, key.split("."), settings) for key in stage} == stage
