@@ -5,12 +5,9 @@ Not here: what the formats are (m3jax/weights.py, m3jax/checkpoint.py).
 """
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 
 from convert.positions import extend_positions
-from m3jax import M3, M3Config, checkpoint, sources, weights
-from m3jax.model import Params
+from m3jax import M3, checkpoint, sources
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,16 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> M3:
     """Convert; the model that was written."""
-    config, params, tokenizer = sources.read(given.src, revision=given.revision, heads=given.heads)
-    with sources.local(given.src, revision=given.revision) as directory:
-        read = checkpoint.read_lm_head if checkpoint.is_checkpoint(directory) else _lm_head(config)
-        lm_head = read(directory)
+    with sources.local(given.src, revision=given.revision) as directory:  # fetched once for both
+        config, params, tokenizer = sources.read(directory, heads=given.heads)
+        lm_head = sources.read_lm_head(directory, config)
     if given.extend_positions is not None:
         config, params = extend_positions(config, params, given.extend_positions)
     m3 = M3(config, params, tokenizer)
     checkpoint.write(m3, given.dst, lm_head=lm_head, replace=given.overwrite, progress=True)
     return m3
-
-
-def _lm_head(config: M3Config) -> Callable[[Path], Params | None]:
-    return lambda directory: weights.read_lm_head(directory, config.hidden_size, config.vocab_size)

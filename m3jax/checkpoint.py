@@ -24,13 +24,8 @@ from m3jax.tokenization import Tokenizer
 MODEL, PARAMS = "m3", "params"  # the two items of a step that make a model
 LM_HEAD = "lm_head"  # and what a conversion keeps beside them of a masked-language model, for stage 1
 _MARKER = f"{MODEL}/metadata"  # where there is this file, the step is whole
-_WRITTEN = (
-    f"{MODEL}/",
-    f"{PARAMS}/",
-    f"{LM_HEAD}/",
-    "_CHECKPOINT_METADATA",
-    "commit_success.txt",
-)  # what a step's files begin with
+_ITEMS = (f"{MODEL}/", f"{PARAMS}/", f"{LM_HEAD}/")
+_WRITTEN = (*_ITEMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # what a step's files begin with
 # A hundred files of 16 MiB take half as long as ten of 200: the system writes small pieces faster, and several at a time.
 _CHUNK_BYTES = _FILE_BYTES = 16 * 2**20
 
@@ -49,11 +44,9 @@ def needed(files: Sequence[str]) -> list[str]:
     steps = {name.removesuffix(_MARKER) for name in files if f"/{name}".endswith(f"/{_MARKER}")}
     steps = {step for step in steps if step.rstrip("/").isdecimal() or not step}
     last = max(steps, key=lambda step: int(step.rstrip("/") or 0), default=None)
-    return (
-        []
-        if last is None
-        else [name for name in files if name.startswith(tuple(f"{last}{item}/" for item in (PARAMS, MODEL, LM_HEAD)))]
-    )
+    if last is None:
+        return []
+    return [name for name in files if name.startswith(tuple(last + item for item in _ITEMS))]
 
 
 def arguments(config: M3Config, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:

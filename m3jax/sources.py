@@ -34,6 +34,16 @@ def read(
         return weights.read(directory, heads=heads, colbert_dim=colbert_dim)
 
 
+def read_lm_head(directory: Path, config: M3Config) -> Params | None:
+    """The head of a masked-language model in a directory of `local`, with the encoder of `config`; None where there is none.
+
+    Raises ValueError as weights.read_lm_head does.
+    """
+    if checkpoint.is_checkpoint(directory):
+        return checkpoint.read_lm_head(directory)
+    return weights.read_lm_head(directory, config.hidden_size, config.vocab_size)
+
+
 @contextmanager
 def local(source: str | Path, *, revision: str | None = None) -> Iterator[Path]:
     """The directory where a model's files are while the block lasts: fetched from the hub or a store where they are there.

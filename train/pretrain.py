@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 import m3jax
-from m3jax import checkpoint, retromae, sources, weights
+from m3jax import retromae, sources
 from m3jax.card import make_encoder_card
-from m3jax.config import M3Config
 from m3jax.model import M3, Params
 from m3jax.sharding import make_mesh
 from train import Config
@@ -231,10 +230,10 @@ def _start(config: Config) -> M3:
         return M3(model, retromae.init(model, key), tokenizer)
     if config.tokenizer:
         raise ValueError(f"init_from brings its tokenizer; got tokenizer={config.tokenizer!r} too, leave it out")
-    model, params, tokenizer = sources.read(config.init_from, heads="init")
+    with sources.local(config.init_from) as directory:  # fetched once for both
+        model, params, tokenizer = sources.read(directory, heads="init")
+        head = sources.read_lm_head(directory, model)
     given: Params = {"encoder": params["encoder"]}
-    with sources.local(config.init_from) as directory:
-        head = _lm_head(directory, model)
     if head is None:
         say(f"{config.init_from} has no language-model head: it starts random, as the decoder does")
     else:
@@ -244,9 +243,3 @@ def _start(config: Config) -> M3:
     drawn = retromae.init(dataclasses.replace(model, num_hidden_layers=1), key)
     given = {part: given.get(part, drawn[part]) for part in ("encoder", "lm_head", "decoder")}
     return M3(model, jax.tree.map(lambda x: np.asarray(x, np.float32), given), tokenizer)
-
-
-def _lm_head(directory: Path, model: M3Config) -> Params | None:
-    if checkpoint.is_checkpoint(directory):
-        return checkpoint.read_lm_head(directory)
-    return weights.read_lm_head(directory, model.hidden_size, model.vocab_size)
