@@ -2,10 +2,13 @@
 
 import atexit
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
+import unicodedata
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +25,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 import pytest
 import tokenizers
 from jaxtyping import install_import_hook
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,17 +44,29 @@ LINES = [
 ]
 
 
+_WORDS = [f"▁{word}" for line in LINES for word in unicodedata.normalize("NFKC", line).split()]
+
+
+def _pieces() -> Counter[str]:
+    """Every character of the words, and the two to six in a row that come at least three times, with how often they come."""
+    found = Counter(
+        word[i:j] for word in _WORDS for i in range(len(word)) for j in range(i + 1, min(i + 6, len(word)) + 1)
+    )
+    return Counter({piece: count for piece, count in found.items() if len(piece) == 1 or count >= 3})
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer_json() -> str:
     """A tokenizer.json shaped as XLM-R's: ids 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, <mask> last; unigram, Metaspace."""
-    inner = tokenizers.Tokenizer(models.Unigram())
+    # Made by hand: UnigramTrainer gives other pieces in each process, and so other ids, lengths and numbers.
+    pieces = [(sign, 0.0) for sign in ("<s>", "<pad>", "</s>", "<unk>")]
+    counts = _pieces()
+    pieces += [(piece, math.log(count / counts.total())) for piece, count in sorted(counts.items())]
+    inner = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=3))
     inner.normalizer = normalizers.NFKC()
     inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     inner.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    inner.train_from_iterator(LINES, trainer)
+    inner.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
     inner.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
     inner.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
@@ -61,7 +76,7 @@ def tiny_tokenizer_json() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_tokenizer_json: str) -> "Tokenizer":
-    """The `Tokenizer` of `tiny_tokenizer_json`, about 120 ids."""
+    """The `Tokenizer` of `tiny_tokenizer_json`, 90 ids."""
     from m3jax.tokenization import Tokenizer  # here, as in all tests, after the hook
 
     return Tokenizer.from_json(tiny_tokenizer_json)
