@@ -19,7 +19,7 @@ def texts(count, seed=0):
     random = np.random.default_rng(seed)
     words = ["fox", "dog", "paris", "the", "river", "house", "a", "capital", "what", "lives"]
     for i in range(count):
-        yield f"{' '.join(random.choice(words, random.integers(1, 18)))} {i:b}".replace("0", "a").replace("1", "fox")
+        yield f"{' '.join(random.choice(words, random.integers(1, 11)))} {i:b}".replace("0", "a").replace("1", "fox")
 
 
 @pytest.fixture(scope="module")
