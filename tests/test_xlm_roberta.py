@@ -179,6 +179,23 @@ def test_remat_changes_nothing(params):
     assert kept[0] == kept[1] > kept[2], kept  # the first two differ where attention is a kernel
 
 
+def test_layers_one_after_the_other_are_the_loop(monkeypatch):
+    """On GPU they are no loop; dropout tells whether each has its own keys."""
+    params, keys = random_params(THREE), jax.random.split(jax.random.key(0), len(TEXTS))
+    ids, positions, segments = rows(TEXTS, 9)
+    direction = np.random.default_rng(3).normal(size=(4, 9, 16)).astype(np.float32) * segments[..., None]
+
+    def total(params, remat):
+        hidden = encode(params, ids, positions, segments, THREE, remat=remat, dropout=0.2, keys=keys)
+        return (hidden * direction).sum()
+
+    expected = jax.jit(jax.value_and_grad(total), static_argnums=1)(params, "elements")
+    monkeypatch.setattr(m3jax.xlm_roberta, "platform", lambda: "gpu")
+    for remat in ("elements", "all"):
+        assert "scan" not in str(jax.make_jaxpr(total, static_argnums=1)(params, remat))
+        assert_same(jax.jit(jax.value_and_grad(total), static_argnums=1)(params, remat), expected)
+
+
 def test_remat_of_elements_keeps_what_the_kernel_of_attention_gave(monkeypatch):
     monkeypatch.setattr(m3jax.attention, "_gpu_has_kernels", lambda: True)
     config = M3Config.tiny(num_hidden_layers=1, max_position_embeddings=66, **SIZES | {"hidden_size": 32})

@@ -5,8 +5,6 @@ OUT/dev/LANGUAGE, OUT/test/LANGUAGE and OUT/start, for the commands of RESULTS.m
 split become rows; its articles are others than those of dev and test.
 """
 
-import importlib.util
-import json
 import random
 import re
 import sys
@@ -17,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from babel import Locale
+from sets import load_py, write, write_task
 
 import m3jax
 
@@ -27,11 +26,6 @@ _SENTENCE = re.compile(r"[^.!?。！？।]+(?:[.!?。！？।](?=\s|$|[^\s\d])
 
 def row(query: str, passage: str) -> dict[str, Any]:
     return {"query": query, "pos": [passage], "neg": []}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def sentences(text: str) -> list[str]:
@@ -123,21 +117,13 @@ def start(tokenizer: m3jax.Tokenizer) -> m3jax.M3:
 
 
 def main(data: Path, out: Path) -> None:
-    spec = importlib.util.spec_from_file_location("load", data / "load.py")
-    assert spec and spec.loader
-    load = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(load)
+    load = load_py(data)
     for name, rows in training(load).items():
         write(out / "rows" / f"{name}.jsonl", rows)
         print(f"{len(rows):,} rows of {name}")
     for split in ("dev", "test"):
         for code in LANGUAGES:
-            corpus, queries, qrels = load.load_task(f"xquad/{code}-en/{split}")
-            folder = out / split / code
-            write(folder / "corpus.jsonl", [{"id": id, "title": "", "text": text} for id, text in corpus.items()])
-            write(folder / "test_queries.jsonl", [{"id": id, "text": text} for id, text in queries.items()])
-            judged = [{"qid": q, "docid": d, "relevance": r} for q, of in qrels.items() for d, r in of.items()]
-            write(folder / "test_qrels.jsonl", judged)
+            write_task(load, f"xquad/{code}-en/{split}", out / split / code)
     m3jax.save(start(m3jax.Tokenizer.from_file(data / "tokenizer" / "tokenizer.json")), out / "start")
 
 
