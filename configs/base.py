@@ -41,6 +41,9 @@ def get_config() -> ConfigDict:
     config.data.dev = ""  # a folder {corpus, test_queries, test_qrels}.jsonl, measured during training; "" is none
     # (in stage 1 held-out texts, as data.train)
     config.data.test = ""  # such folders, separated by commas, measured after training; "" is none
+    # The share of the different queries of data.train that are held out with their rows, at most 1,000: they are measured
+    # before and after training, and as data.dev where none is given.
+    config.data.held_out = 0.0
     config.data.folder = "runs/data"  # where tokenised rows are kept between runs
     config.query_max_length = 512  # tokens; PAPER §3
     config.passage_max_length = 8192  # tokens, in stage 1 of a text; PAPER §3
@@ -71,7 +74,8 @@ def get_config() -> ConfigDict:
     config.encoder_mask = 0.3
     config.decoder_seen = 0.5
 
-    config.steps = 10000  # batches
+    config.steps = 10000  # batches; 0: as many as `epochs` take
+    config.epochs = 0.0  # rounds of all rows, where steps = 0
     config.learning_rate = 1e-5  # at its highest; reference code
     config.learning_rate_scale = ConfigDict()  # factors of the learning rate
     config.learning_rate_scale.encoder = 1.0

@@ -15,7 +15,7 @@ def test_table_is_aligned_and_in_order():
     trained = sizes | {"model": "trained", "scores": scores | {"bm25": {"ndcg_at_10": 0.25, "recall_at_100": 0.5}}}
     table = format_table({"name": "run", "evaluations": [untrained, trained]})
     lines = table.splitlines()
-    labels = ["BM25", *FUNCTIONS, *(f"untrained {name}" for name in FUNCTIONS)]
+    labels = ["BM25", *FUNCTIONS, *(f"before {name}" for name in FUNCTIONS)]
     assert lines[0].split() == ["test"] and lines[1].split() == ["nDCG@10", "Recall@100"]
     assert [re.split(r"\s{2,}", line)[0] for line in lines[2:-1]] == labels
     assert len({len(line) for line in lines[1:-1]}) == 1

@@ -46,17 +46,17 @@ from train.release import card_of_run
 from train.start import (
     check,
     checkpoints_of,
-    listed,
-    path_of,
+    data_paths,
     read_rows,
     read_sets,
     start_batches,
     start_model,
     with_length_groups,
+    with_steps,
 )
 from train.step import TrainState, make_state, make_step
 from train.sub_batch import SubBatches
-from train.tables import format_example, format_table
+from train.tables import format_changes, format_example, format_table
 from train.tasks import Task
 
 # A run goes on only with these as it began, and with the same data: all but how often it is looked at and where.
@@ -92,6 +92,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
     source = read_rows(config, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
+    config = with_steps(config, batches)
     say(describe(config, m3, len(source), mesh.size))
     clock.lap("prepare")
     every = config.to_dict()
@@ -164,6 +165,8 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     if reached and reached[0] != config.steps:
         better = f"best    {checkpoints_of(config)}/{reached[0]}, {config.keep_best} {reached[1]:.3f}\n"
     say("\n" + format_table(results))
+    if config.init_from and (changes := format_changes(results)):
+        say("\n" + changes)
     if example:
         say("\n" + format_example(example, bold=os.isatty(1)))
     say(f"\nmodel   {run / 'model'}\n{better}report  {report}\nin {clock.total:.0f} s{took}; to try next:")
@@ -307,7 +310,7 @@ def _untrained(config: Config, run: Path, m3: M3, tests: list[Task], *, going_on
     known = json.loads(kept.read_text(encoding="utf-8")) if going_on and kept.exists() else {}
     if agreed(known.get("of") == of):
         return known.get("evaluations", [])
-    say("measuring the untrained model …")
+    say("measuring the model before training …")
     measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]
     if is_first():
         write_json(kept, {"of": of, "evaluations": measured})
@@ -332,16 +335,24 @@ def _dev_scores(config: Config, m3: M3, dev: Task) -> dict[str, float]:
 
 
 def _next_commands(config: Config, run: Path) -> list[str]:
-    """Three commands that work as they stand on what the run left."""
-    model = run / "model"
+    """Commands that work as they stand on what the run left: encode, measure and take along; of a model that had a parent,
+    merge with it, which wins back what was forgotten, and serve."""
+    model, quoted = run / "model", shlex.quote(str(run / "model"))
     shown = "m3jax.encode(m, 'Kenya').dense_vecs"
     if "sparse" in config.functions:
         shown = "m.tokens(m3jax.encode(m, 'Kenya').lexical_weights)"
     commands = [
         f"python -c \"import m3jax; m = m3jax.load('{model}'); print({shown})\"",
-        f"python -m convert from-pytorch {shlex.quote(str(model))} {shlex.quote(str(run / 'orbax'))}",
     ]
-    for folder in [*listed(config.data.test)[-1:], *listed(config.data.dev)][:1]:
-        data = shlex.quote(str(path_of(config, folder)))
-        commands.insert(1, f"python -m train.evaluate --model {shlex.quote(str(model))} --task custom --data {data}")
-    return commands
+    found = data_paths(config)
+    for folder in [*found.tests[-1:], *([found.dev] if found.dev else [])][:1]:
+        commands.append(f"python -m train.evaluate --model {quoted} --task custom --data {shlex.quote(str(folder))}")
+    if not config.init_from:
+        return [*commands, f"python -m convert from-pytorch {quoted} {shlex.quote(str(run / 'orbax'))}"]
+    parent, merged = shlex.quote(config.init_from), shlex.quote(str(run / "merged"))
+    return [
+        *commands,
+        f"python -m convert merge {quoted} {parent} --weights 0.5,0.5 {merged}",
+        f"vllm serve {quoted} --runner pooling --pooler-config.task embed "
+        """--hf-overrides '{"architectures": ["BgeM3EmbeddingModel"]}'  # more ways: """ + f"{model / CARD}",
+    ]

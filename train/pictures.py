@@ -77,7 +77,7 @@ _WIDTH = 5.4  # inches: readable at the width of a phone, and two abreast on a d
 def colour_name(function: str) -> str:
     """The name in PALETTE of a row's or a curve's colour: a function's own, one for BM25, one for everything untrained.
 
-    >>> colour_name("dense+sparse"), colour_name("untrained all"), colour_name("hybrid")
+    >>> colour_name("dense+sparse"), colour_name("before all"), colour_name("hybrid")
     ('dense-sparse', 'untrained', 'all')
     """
     known = {
@@ -89,7 +89,7 @@ def colour_name(function: str) -> str:
         "": "ink",
     }
     known = known.get(function, function)
-    if known.startswith("untrained "):
+    if known.startswith("before "):
         return "untrained"
     return known if known in PALETTE else "soft"
 
@@ -243,14 +243,14 @@ def draw_dev(metrics: Sequence[Mapping[str, float]], functions: Sequence[str]) -
 
 
 def draw_quality(sets: Mapping[str, Mapping[str, float]]) -> str | None:
-    """nDCG@10 by test set, {set: {"BM25", a function or "untrained " + it: value}}; None if no set has a value.
+    """nDCG@10 by test set, {set: {"BM25", a function or "before " + it: value}}; None if no set has a value.
 
-    A row is a function: trained above untrained. BM25 is a row, and a dashed line through all of them.
+    A row is a function: after training above before. BM25 is a row, and a dashed line through all of them.
     """
     sets = {name: values for name, values in sets.items() if values}
     if not sets:
         return None
-    rows = {name: list(dict.fromkeys(label.removeprefix("untrained ") for label in sets[name])) for name in sets}
+    rows = {name: list(dict.fromkeys(label.removeprefix("before ") for label in sets[name])) for name in sets}
     heights = [0.34 * len(rows[name]) + 0.35 for name in sets]
     highest = max(value for values in sets.values() for value in values.values())
     with matplotlib.rc_context(_STYLE):
@@ -263,7 +263,7 @@ def draw_quality(sets: Mapping[str, Mapping[str, float]]) -> str | None:
                     axes.barh(place - 0.12, value, 0.46, color=_colour(function))
                     end, style = (value, place - 0.1), {"fontsize": 9, "fontweight": "bold"}
                     axes.annotate(f"{value:.3f}", end, (4, 0), textcoords="offset points", va="center", **style)
-                if (untrained := f"untrained {function}") in values:
+                if (untrained := f"before {function}") in values:
                     axes.barh(place + 0.27, values[untrained], 0.2, color=_colour(untrained))
             if "BM25" in values:
                 axes.axvline(values["BM25"], color=_colour("BM25"), linewidth=1, linestyle=(0, (3, 3)))

@@ -22,7 +22,7 @@ from train.data.streams import Stream
 from train.flops import matrix_rate, step_flops
 from train.optimizer import make_optimizer
 from train.processes import rows_held
-from train.start import read_rows, read_sets, start_batches, start_model, with_length_groups
+from train.start import read_rows, read_sets, start_batches, start_model, with_length_groups, with_steps
 from train.step import TrainState, make_step
 from train.tables import format_duration
 
@@ -32,16 +32,17 @@ def plan(config: Config) -> dict[str, Any]:
 
     Every text is tokenised, and every step of the run compiled, as the run would. Raises ValueError as the run would.
     """
-    read_sets(config)
+    dev, _ = read_sets(config)
     m3 = start_model(config, values=False)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
     source = read_rows(config, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
+    config = with_steps(config, batches)
     say(describe(config, m3, len(source), mesh.size))
     optimizer, fixed = make_optimizer(config), FrozenConfigDict(config)
     state = _abstract_state(m3.params, optimizer, mesh)
-    rounds = sum(_batches_a_round(stream) for stream in batches.streams)
+    rounds = sum(stream.batches_a_round for stream in batches.streams)
     planned = []
     with jax.set_mesh(mesh):
         rate = matrix_rate(mesh, config.dtype)
@@ -72,7 +73,7 @@ def plan(config: Config) -> dict[str, Any]:
                     "rows": sum(len(stream.members) for stream in streams),
                     "batch_size": group.batch_size,
                     "group_size": passages[0] // queries[0],
-                    "steps": config.steps * sum(map(_batches_a_round, streams)) / rounds,
+                    "steps": config.steps * sum(stream.batches_a_round for stream in streams) / rounds,
                     "query_tokens": queries[1],
                     "passage_tokens": passages[1],
                     "sub_batches": parts.passages,
@@ -93,7 +94,7 @@ def plan(config: Config) -> dict[str, Any]:
         "dtype": config.dtype,
         "rate": rate,
         "checkpoint": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
-        "checkpoints": config.keep_checkpoints + bool(config.data.dev and config.keep_best),
+        "checkpoints": config.keep_checkpoints + bool(dev and config.keep_best),
     }
     say(format_plan(found))
     return found
@@ -111,10 +112,6 @@ def _abstract_state(params: Params, optimizer: optax.GradientTransformation, mes
     moments = jax.eval_shape(optimizer.init, params)
     step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     return TrainState(placed(params), placed(moments), step)
-
-
-def _batches_a_round(stream: Stream) -> float:
-    return stream.weight * len(stream.members) / stream.group.batch_size
 
 
 def _abstract_batch(streams: Sequence[Stream], positives: int, mesh: Mesh) -> Batch:

@@ -55,6 +55,8 @@ _OF_OTHER_STAGES = {
     "shuffle_segments": 0.0,
     "plan_only": False,
     "data.test": "",
+    "epochs": 0,
+    "data.held_out": 0.0,
     "data.weights": (),
     "data.same_dataset": True,
     "matryoshka.dense": (),

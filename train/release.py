@@ -50,7 +50,7 @@ def card_of_run(model: M3Config, results: Mapping[str, Any], settings: Mapping[s
         training=training,
         measured={row: tests for row, tests in cells.items() if row in FUNCTIONS},
         compared={
-            f"{row.removeprefix('untrained ')}, before training" if row.startswith("untrained ") else row: tests
+            f"{row.removeprefix('before ')}, before training" if row.startswith("before ") else row: tests
             for row, tests in cells.items()
             if row not in FUNCTIONS
         },

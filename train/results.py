@@ -145,7 +145,7 @@ def cells_of(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]
         for function, scores in evaluation["scores"].items():
             untrained = evaluation["model"] == "untrained" and function != "bm25"
             place = known.index(function) if function in known else len(known)
-            label = ("untrained " if untrained else "") + ("BM25" if function == "bm25" else function)
+            label = ("before " if untrained else "") + ("BM25" if function == "bm25" else function)
             cells.setdefault((untrained, place, label), {})[evaluation["name"]] = scores
     return {key[2]: cells[key] for key in sorted(cells)}
 
@@ -161,7 +161,7 @@ def notes_of(results: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def ndcg_of(results: Results) -> dict[str, dict[str, float]]:
+def ndcg_of(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """{test set: {row label: nDCG@10}}."""
     cells = cells_of(results)
     return {

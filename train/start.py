@@ -3,13 +3,15 @@
 Not here: how rows are kept and drawn (data/), and the run itself (loop.py).
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import math
+import operator
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from train.checkpoints import settings_of
 from train.console import say
 from train.data import cldr
 from train.data.builders import RowSource, prepare
+from train.data.held_out import hold_out
 from train.data.pipeline import Batches
 from train.data.streams import LengthGroup
 from train.objective import OBJECTIVES, TEACHERS, measured_functions
@@ -49,12 +52,12 @@ def check(config: Config) -> None:
         (
             "at least 1",
             lambda x: x >= 1,
-            "steps log_every evaluate_every save_every keep_checkpoints group_size accumulate",
+            "log_every evaluate_every save_every keep_checkpoints group_size accumulate",
         ),
         ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip temperature teacher_temperature adam_eps"),
-        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay seed sub_batch_tokens"),
+        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay seed sub_batch_tokens steps epochs"),
         ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup shuffle_segments"),
-        ("from 0 to below 1", lambda x: 0 <= x < 1, "dropout adam_b1 adam_b2"),
+        ("from 0 to below 1", lambda x: 0 <= x < 1, "dropout adam_b1 adam_b2 data.held_out"),
         ("a step, or -1 for never", lambda x: x >= -1, "distill_start"),
         ("three numbers from 0 up, or ()", _three_from_0_or_none, "hybrid_weights loss_weights"),
         (f"some of {PARTS}", lambda x: x and _some_of(PARTS, x), "functions"),
@@ -70,11 +73,15 @@ def check(config: Config) -> None:
         ),
     )
     wrong = [
-        f"{key} = {config[key]!r}, expected {rule}"
+        f"{key} = {value!r}, expected {rule}"
         for rule, holds, keys in rules
         for key in keys.split()
-        if not holds(config[key])
+        if not holds(value := functools.reduce(operator.getitem, key.split("."), config))
     ]
+    if (config.steps > 0) == (config.epochs > 0):
+        wrong.append(
+            f"steps = {config.steps} and epochs = {config.epochs}, of which one is to be above 0 and the other 0"
+        )
     wrong += [
         f"learning_rate_scale.{name} = {scale}, expected above 0 (frozen = ({name!r},) for none)"
         for name, scale in config.learning_rate_scale.items()
@@ -94,7 +101,7 @@ def check(config: Config) -> None:
     ]
     if config.steps % max(1, config.accumulate):
         wrong.append(f"steps = {config.steps}, expected a multiple of accumulate = {config.accumulate}")
-    functions = measured_functions(config) if config.data.dev else FUNCTIONS
+    functions = measured_functions(config) if config.data.dev or config.data.held_out else FUNCTIONS
     measures = [f"dev/{function}/{metric}" for function in functions for metric in METRICS]
     if config.keep_best not in ("", *measures):
         wrong.append(f"keep_best = {config.keep_best!r}, expected '' or one of {', '.join(measures)}")
@@ -109,7 +116,7 @@ def check(config: Config) -> None:
             wrong.append(f"{key} = {config[key]}, which is 0 for all of functions = {config.functions}")
     if wrong:
         raise ValueError("settings that no run can have: " + "; ".join(wrong))
-    if config.distill_start >= config.steps:
+    if config.steps and config.distill_start >= config.steps:
         warnings.warn(
             f"distill_start = {config.distill_start} is not reached in {config.steps} steps: this run is without "
             "self-distillation. Lower it, or say so with --config.distill_start=-1.",
@@ -145,9 +152,30 @@ def path_of(config: Config, path: str) -> Path:
     return folder / (path.removeprefix(_DEMO).removeprefix("/") or "train.jsonl")
 
 
+class DataPaths(NamedTuple):
+    """What a run reads: datasets of training rows, and the folders that measure it."""
+
+    train: list[Path]
+    dev: Path | None
+    tests: list[Path]
+
+
+def data_paths(config: Config) -> DataPaths:
+    """The paths of config.data; rows that are held out of the training rows are the first test, and dev where none is given."""
+    train, tests = (
+        [path_of(config, path) for path in listed(paths)] for paths in (config.data.train, config.data.test)
+    )
+    dev = path_of(config, config.data.dev) if config.data.dev else None
+    if config.data.held_out:
+        train, held_out = hold_out(train, config.data.folder, share=config.data.held_out, seed=config.seed)
+        return DataPaths(train, dev or held_out, [held_out, *tests])
+    return DataPaths(train, dev, tests)
+
+
 def read_sets(config: Config) -> tuple[Task | None, list[Task]]:
-    dev = read_task(path_of(config, config.data.dev)) if config.data.dev else None
-    return dev, read_tasks([path_of(config, path) for path in listed(config.data.test)])
+    """What measures the model during training and after it."""
+    found = data_paths(config)
+    return found.dev and read_task(found.dev), read_tasks(found.tests)
 
 
 def start_model(config: Config, *, values: bool = True) -> M3:
@@ -223,7 +251,7 @@ def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
     """The rows to train on, prepared by process 0; ValueError where a teacher is asked for and no row has its scores."""
     source = first_then_others(
         lambda: prepare(
-            [path_of(config, path) for path in listed(config.data.train)],
+            data_paths(config).train,
             tokenizer,
             data_dir=config.data.folder,
             query_max_length=config.query_max_length,
@@ -266,6 +294,16 @@ def start_batches(config: Config, source: RowSource, mesh: Mesh, model: M3Config
         held=held,
         parts=row_groups,
     )
+
+
+def with_steps(config: Config, batches: Batches) -> Config:
+    """`config` with the steps of the run: its own, or those of its rounds of all rows, a multiple of `accumulate`."""
+    if config.steps:
+        return config
+    config = config.copy_and_resolve_references()
+    rounds = config.epochs * sum(stream.batches_a_round for stream in batches.streams)
+    config.steps = max(1, round(rounds / config.accumulate)) * config.accumulate
+    return config
 
 
 def length_step(mesh: Mesh, model: M3Config) -> int:

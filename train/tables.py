@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from train.results import METRICS, cells_of, names_of, notes_of
+from train.results import METRICS, cells_of, names_of, ndcg_of, notes_of
 
 
 def format_duration(seconds: float) -> str:
@@ -51,6 +51,37 @@ def format_table(results: Mapping[str, Any]) -> str:
             line += f"  {pair:<{width}}"
         lines.append(line.rstrip())
     return "\n".join([*lines, *notes_of(results)])
+
+
+def format_changes(results: Mapping[str, Any]) -> str:
+    """What training changed of nDCG@10, as aligned text: of each function and test set what was gained (or forgotten, below 0);
+    "" where nothing was measured before it.
+
+    >>> rows = [("trained", 0.5), ("untrained", 0.25)]
+    >>> scores = [{"name": "test", "model": m, "scores": {"all": {"ndcg_at_10": x}}} for m, x in rows]
+    >>> print(format_changes({"evaluations": scores}))
+    nDCG@10, after − before
+           test
+    all  +0.250
+    """
+    tests = ndcg_of(results)
+    changes = {
+        function: [_change(of, function) for of in tests.values()]
+        for function in dict.fromkeys(label for of in tests.values() for label in of if f"before {label}" in of)
+    }
+    if not changes:
+        return ""
+    first = max(map(len, changes))
+    widths = [max(6, len(name)) for name in tests]
+    lines = [" " * first + "".join(f"  {name:>{width}}" for name, width in zip(tests, widths, strict=True))]
+    for function, of in changes.items():
+        lines.append(f"{function:<{first}}" + "".join(f"  {x:>{width}}" for x, width in zip(of, widths, strict=True)))
+    return "\n".join(["nDCG@10, after − before", *lines])
+
+
+def _change(values: Mapping[str, float], function: str) -> str:
+    before = values.get(f"before {function}")
+    return "–" if before is None or function not in values else f"{values[function] - before:+.3f}"
 
 
 def _spans(text: str, matched: Sequence[str]) -> tuple[list[tuple[int, int]], list[str]]:

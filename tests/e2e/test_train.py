@@ -438,7 +438,7 @@ def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, mon
         "12 rows of cldr",
     ):
         assert part in shown.out
-    for part in ("test-unseen", "untrained all", "BM25", "Query (Swahili)", "report.html", "python -m train.evaluate"):
+    for part in ("test-unseen", "before all", "BM25", "Query (Swahili)", "report.html", "python -m train.evaluate"):
         assert part in shown.out
     assert "Traceback" not in shown.err and "100%" in shown.err
     assert (tmp_path / "run" / "log.txt").read_text()

@@ -63,6 +63,11 @@ class Stream(NamedTuple):
     weight: float
     step: int
 
+    @property
+    def batches_a_round(self) -> float:
+        """How many of its batches a round of all streams has."""
+        return self.weight * len(self.members) / self.group.batch_size
+
     def queries_as_long_as(self, longest: int) -> int:
         """The padded length of the queries of a batch whose longest query has so many ids."""
         return min(_up(query_bucket(longest), self.step), self.query_length)

@@ -1,0 +1,120 @@
+"""A part of the training rows held out: the rest as files of its own, and the part as a folder that measures.
+
+Not here: what a row must be (rows.py), and how a folder is measured (tasks.py, evaluate.py).
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from train.data.rows import Texts, check_files, files_of, parse
+from train.files import read_lines
+
+# Enough for a mean to one or two hundredths, and few enough to be measured again and again during training.
+MOST_QUERIES = 1000
+MOST_PASSAGES = 10_000
+
+
+def hold_out(
+    paths: Sequence[str | PathLike[str]], data_dir: str | PathLike[str], *, share: float, seed: int
+) -> tuple[list[Path], Path]:
+    """The rows of `paths` without those held out, a path for each, and the evaluation folder of these.
+
+    Held out are `share` of the different queries, at most MOST_QUERIES, with all their rows, so that none is trained.
+    Its passages are those of the rows held out, filled up with others of `paths` to MOST_PASSAGES; training may see them, as
+    passages of other queries. Which ones is drawn by `seed`. Prompts are before the queries, as in training. All of it is
+    written under `data_dir`, and found again by the files' contents, the share and the seed.
+
+    ValueError lists the first bad rows as path:line, and says where nothing would be left to train.
+    """
+    datasets = files_of(paths)
+    digest = hashlib.blake2b(repr((share, seed)).encode(), digest_size=8)
+    for path in (path for files in datasets for path in files):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    whole = Path(data_dir) / f"held-out-{digest.hexdigest()}"
+    # The last part of a dataset's path stays: it may say that its rows take no negatives from others.
+    names = [Path(str(number), Path(path).resolve().name.removesuffix(".gz")) for number, path in enumerate(paths)]
+    if not whole.exists():
+        check_files([path for files in datasets for path in files])
+        partial = whole.with_name(whole.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was broken off
+        _write(datasets, [Path(path) for path in paths], names, partial, share, seed)
+        partial.rename(whole)
+    return [whole / "train" / name for name in names], whole / "held-out"
+
+
+def _write(
+    datasets: list[list[Path]], paths: list[Path], names: list[Path], folder: Path, share: float, seed: int
+) -> None:
+    drawn = sorted(
+        {_drawn(parse(line).query, seed) for files in datasets for path in files for _, line in read_lines(path)}
+    )
+    held = {*drawn[: min(MOST_QUERIES, max(1, round(share * len(drawn))))]}
+    rows: list[Texts] = []
+    others: dict[bytes, str] = {}
+    for files, path, name in zip(datasets, paths, names, strict=True):
+        left = 0
+        for file in files:
+            to = folder / "train" / name / file.relative_to(path) if path.is_dir() else folder / "train" / name
+            to = to.with_name(to.name.removesuffix(".gz"))
+            to.parent.mkdir(parents=True, exist_ok=True)
+            kept = 0
+            with to.open("wb") as out:
+                for _, line in read_lines(file):
+                    row = parse(line)
+                    if _drawn(row.query, seed) in held:
+                        rows.append(row)
+                        continue
+                    kept += 1
+                    out.write(line.rstrip(b"\r\n") + b"\n")
+                    others |= {_drawn(text, seed): text for text in (*row.positives, *row.negatives) if text.strip()}
+                    if len(others) > 2 * MOST_PASSAGES:
+                        others = _first(others)
+            left += kept
+            if not kept:
+                to.unlink()
+        if not left:
+            raise ValueError(
+                f"{path}: held_out = {share} leaves none of its rows to train; leave the file out, give more rows, or "
+                "set --config.data.held_out=0"
+            )
+    _write_task(folder / "held-out", rows, _first(others).values())
+
+
+def _write_task(folder: Path, rows: list[Texts], others: Iterable[str]) -> None:
+    relevant: dict[str, dict[str, None]] = {}
+    for row in rows:
+        relevant.setdefault(row.query, {}).update(dict.fromkeys(row.positives))
+    passages = dict.fromkeys(text for row in rows for text in (*row.positives, *row.negatives) if text.strip())
+    for text in others:
+        if len(passages) >= MOST_PASSAGES:
+            break
+        passages.setdefault(text)
+    ids = {text: f"p{number}" for number, text in enumerate(passages)}
+
+    def judged() -> Iterator[dict[str, Any]]:
+        for number, texts in enumerate(relevant.values()):
+            yield from ({"qid": f"q{number}", "docid": ids[text], "relevance": 1} for text in texts)
+
+    folder.mkdir(parents=True)
+    for name, lines in (
+        ("corpus.jsonl", ({"id": id, "title": "", "text": text} for text, id in ids.items())),
+        ("test_queries.jsonl", ({"id": f"q{number}", "text": text} for number, text in enumerate(relevant))),
+        ("test_qrels.jsonl", judged()),
+    ):
+        with (folder / name).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _drawn(text: str, seed: int) -> bytes:
+    """A text's place in a random order that depends on nothing else."""
+    return hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+
+
+def _first(texts: dict[bytes, str]) -> dict[bytes, str]:
+    return dict(sorted(texts.items())[:MOST_PASSAGES])
