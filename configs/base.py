@@ -34,7 +34,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # JSONL files {"query", "pos", "neg"} or folders of them, separated by commas, each a dataset; "cldr" is the embedded demo
     # set. Rows of a dataset whose name ends in no_in_batch_neg are trained on their own passages alone.
-    # In stage 1 plain texts: .jsonl {"text"}, .txt (a text a line), folders of them, or tfds:NAME with the feature `text`.
+    # In stage 1 plain texts: .jsonl {"text"}, .txt (a text a line), folders of them, "cldr", or tfds:NAME with a
+    # feature `text`.
     config.data.train = ""
     config.data.same_dataset = True  # the rows of a batch are of one dataset; FlagEmbedding's script for M3
     config.data.weights = ()  # of the datasets, in order: how often each row comes in a round of all; () is once

@@ -68,6 +68,9 @@ def test_counts_and_layout(demo: Path) -> None:
     assert {len(row["pos"]) for row in rows} <= set(range(1, cldr.PASSAGE_LANGUAGES + 1))
     assert all(len(row["query"]) <= cldr.QUERY_LENGTH for row in rows)
     assert len(rows) > 2000
+    texts = read(demo / "texts.jsonl")
+    assert all(set(row) == {"text"} for row in texts)
+    assert {text for row in rows for text in row["pos"]} <= {row["text"] for row in texts}
     for name in SETS:
         folder = demo / name
         corpus, queries, qrels = (read(folder / f"{f}.jsonl") for f in ("corpus", "test_queries", "test_qrels"))
@@ -122,7 +125,7 @@ def test_relevant_are_all_passages_of_the_one_entry_in_other_languages(demo: Pat
 def test_unseen_entries_are_told_nowhere_in_training(demo: Path) -> None:
     rows = read(demo / "train.jsonl")
     asked = {row["query"] for row in rows}
-    training = asked | {text for row in rows for text in row["pos"]}
+    training = asked | {text for row in rows for text in row["pos"]} | {row["text"] for row in read(demo / "texts.jsonl")}
     corpus = {row["id"]: row["text"] for row in read(demo / "test-unseen" / "corpus.jsonl")}
     unseen = {row["docid"] for row in read(demo / "test-unseen" / "test_qrels.jsonl")}
     assert training.isdisjoint(corpus[doc] for doc in unseen)

@@ -228,7 +228,7 @@ def _start(config: Config) -> M3:
     """The model to train, float32: the encoder of `init_from` and its language-model head if it has one; random what is not."""
     key = jax.random.key(config.seed)
     if not config.init_from:
-        model, tokenizer = new_model(config, config.tokenizer)
+        model, tokenizer = new_model(config)
         return M3(model, retromae.init(model, key), tokenizer)
     if config.tokenizer:
         raise ValueError(f"init_from brings its tokenizer; got tokenizer={config.tokenizer!r} too, leave it out")

@@ -149,7 +149,8 @@ def path_of(config: Config, path: str) -> Path:
         partial = folder.with_name(folder.name + ".partial")
         cldr.write_demo(partial, seed=config.seed)
         partial.rename(folder)
-    return folder / (path.removeprefix(_DEMO).removeprefix("/") or "train.jsonl")
+    rows = "texts.jsonl" if config.stage == "retromae" else "train.jsonl"
+    return folder / (path.removeprefix(_DEMO).removeprefix("/") or rows)
 
 
 class DataPaths(NamedTuple):
@@ -196,10 +197,7 @@ def start_model(config: Config, *, values: bool = True) -> M3:
                 "matryoshka.colbert"
             )
     else:
-        named = config.tokenizer
-        if not named and _DEMO in listed(config.data.train):
-            named = str(path_of(config, f"{_DEMO}/tokenizer.json"))
-        model, tokenizer = new_model(config, named)
+        model, tokenizer = new_model(config)
         m3 = M3(model, init(model, jax.random.key(config.seed)) if values else shapes(model), tokenizer)
     for key in ("query_max_length", "passage_max_length"):
         if config[key] > m3.config.max_length:
@@ -213,8 +211,11 @@ def start_model(config: Config, *, values: bool = True) -> M3:
     return m3
 
 
-def new_model(config: Config, named: str) -> tuple[M3Config, Tokenizer]:
-    """The sizes of random weights, with the tokenizer of the file `named`; ValueError where it is none."""
+def new_model(config: Config) -> tuple[M3Config, Tokenizer]:
+    """The sizes of random weights, and their tokenizer: the demo set's where it is trained on; ValueError without one."""
+    named = config.tokenizer
+    if not named and any(path.split("/")[0] == _DEMO for path in listed(config.data.train)):
+        named = str(path_of(config, f"{_DEMO}/tokenizer.json"))
     if not named:
         raise ValueError(
             "random weights need a tokenizer: give --config.tokenizer=tokenizer.json, or --config.init_from"

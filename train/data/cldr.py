@@ -136,7 +136,9 @@ def passage(entry: Entry, facts: Sequence[Entry], names: Mapping[Entry, Sequence
 
 
 def write_demo(directory: Path, *, seed: int) -> None:
-    """Write train.jsonl, tokenizer.json and the evaluation folders dev, test and test-unseen into `directory`.
+    """Write train.jsonl, texts.jsonl, tokenizer.json and the evaluation folders dev, test and test-unseen into `directory`.
+
+    texts.jsonl has the passages of training, for stage 1, and so nothing of the entries of test-unseen.
 
     A query is a name, or the list of the facts, of one entry; relevant are all passages of that entry, all in other
     languages than the query. A string that names several entries, or facts that hold of several, are no query at all.
@@ -200,6 +202,7 @@ def write_demo(directory: Path, *, seed: int) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "train.jsonl", ({"query": row.text, "pos": learnt[row.entry], "neg": []} for row in rows))
+    _write(directory / "texts.jsonl", ({"text": text} for texts in learnt.values() for text in texts))
     train_tokenizer(corpus).save(str(directory / "tokenizer.json"))
     for name, found in asked.items():
         folder = directory / name
