@@ -125,7 +125,9 @@ def test_relevant_are_all_passages_of_the_one_entry_in_other_languages(demo: Pat
 def test_unseen_entries_are_told_nowhere_in_training(demo: Path) -> None:
     rows = read(demo / "train.jsonl")
     asked = {row["query"] for row in rows}
-    training = asked | {text for row in rows for text in row["pos"]} | {row["text"] for row in read(demo / "texts.jsonl")}
+    training = (
+        asked | {text for row in rows for text in row["pos"]} | {row["text"] for row in read(demo / "texts.jsonl")}
+    )
     corpus = {row["id"]: row["text"] for row in read(demo / "test-unseen" / "corpus.jsonl")}
     unseen = {row["docid"] for row in read(demo / "test-unseen" / "test_qrels.jsonl")}
     assert training.isdisjoint(corpus[doc] for doc in unseen)
@@ -148,7 +150,7 @@ def test_unseen_entries_are_told_nowhere_in_training(demo: Path) -> None:
 def test_same_seed_same_files(small: pytest.MonkeyPatch, demo: Path, tmp_path: Path) -> None:
     write_demo(tmp_path, seed=0)
     files = sorted(path.relative_to(demo) for path in demo.rglob("*.json*"))
-    assert len(files) == 11
+    assert len(files) == 12
     assert [str(file) for file in files if (demo / file).read_bytes() != (tmp_path / file).read_bytes()] == []
     write_demo(tmp_path, seed=1)
     assert (demo / "train.jsonl").read_bytes() != (tmp_path / "train.jsonl").read_bytes()
