@@ -347,7 +347,7 @@ def _next_commands(config: Config, run: Path) -> list[str]:
     found = data_paths(config)
     for folder in [*found.tests[-1:], *([found.dev] if found.dev else [])][:1]:
         commands.append(f"python -m train.evaluate --model {quoted} --task custom --data {shlex.quote(str(folder))}")
-    if not config.init_from:
+    if not config.init_from or config.heads == "init":  # an encoder without heads is no parent to merge with
         return [*commands, f"python -m convert from-pytorch {quoted} {shlex.quote(str(run / 'orbax'))}"]
     parent, merged = shlex.quote(config.init_from), shlex.quote(str(run / "merged"))
     return [
