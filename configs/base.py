@@ -91,7 +91,9 @@ def get_config() -> ConfigDict:
     config.temperature = 0.02  # PAPER §2
     # PAPER §2: "v4", or "v1", whose weights are all 1 and which adds L and L' in place of averaging them.
     config.objective = "v4"
-    config.hybrid_weights = ()  # w of dense, sparse, colbert in the loss, not in measuring; () is (1, 0.3, 1), in v1 all 1
+    # w of dense, sparse, colbert in the loss and in the scores on data.dev, not in those on data.test, which are ranked as
+    # m3jax.search ranks; () is (1, 0.3, 1), in v1 all 1.
+    config.hybrid_weights = ()
     config.loss_weights = ()  # λ of dense, sparse, colbert; () is (1, 0.1, 1), in v1 all 1
     # Rows' pos_scores and neg_scores: "" leaves them, "group" adds a soft cross-entropy on the row's own passages, and
     # "sequential" has each passage beat those that the teacher puts below it (FlagEmbedding's kl_div and m3_kd_loss).

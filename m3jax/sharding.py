@@ -15,6 +15,8 @@ AXES = ("data", "fsdp", "tensor")
 # Rows of a batch go over data and fsdp: every device works on its own rows. Of stacked parts of a batch, the second axis.
 BATCH = PartitionSpec(("data", "fsdp"))
 STACKED = PartitionSpec(None, *BATCH)
+# Rows of tables, looked up for tokens [b, l]: each device has its part of their width, as of the tables'.
+LOOKED_UP = PartitionSpec("data", None, ("fsdp", "tensor"))
 
 # Parameter path (joined by "/") → PartitionSpec; the first match holds. A kernel is [inputs, outputs]. Pairs of
 # projections split their shared width over `tensor`, so one all-reduce a pair suffices. A table splits its width: 250,002
@@ -59,8 +61,10 @@ def batch_groups() -> int:
 
 
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """x, placed so on the mesh in context; without a mesh, x itself."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
+    """x, placed so on the mesh in context; x itself without a mesh, on one without AXES, and within a shard_map over them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = {*AXES} <= {*mesh.axis_names} - {*mesh.manual_axes}
+    return jax.lax.with_sharding_constraint(x, spec) if ours else x
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from m3jax.attention import attention, platform
 from m3jax.config import M3Config
+from m3jax.sharding import BATCH, LOOKED_UP, constrain
 
 # What the backward pass computes again of a layer: what goes element by element, all but the products with weights (attention
 # too), or all. To keep everything is no choice: a GELU alone would keep three float32 arrays of four times the width, for which
@@ -134,13 +135,14 @@ class Embeddings(nnx.Module):
     def __call__(self, ids: Int[Array, "b l"], positions: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         # take gives NaN past the table, where indexing would silently clamp.
         words = jnp.take(self.word_embeddings.embedding[...], ids, axis=0).astype(jnp.float32)
-        return self.at_positions(words, positions)
+        return self.at_positions(constrain(words, LOOKED_UP), positions)
 
     def at_positions(self, words: Float[Array, "b l d"], positions: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """The block from its second step on, for vectors in the place of token embeddings."""
         # Every token has type 0, the only one of XLM-R.
         places = jnp.take(self.position_embeddings.embedding[...], positions, axis=0)
-        return self.layer_norm(words + places + self.token_type_embeddings.embedding[0])
+        places = constrain(places, LOOKED_UP)
+        return self.layer_norm(_own_rows(words + places + self.token_type_embeddings.embedding[0]))
 
 
 class Layer(nnx.Module):
@@ -189,7 +191,7 @@ class Layer(nnx.Module):
         first, second = (None, None) if keys is None else split_keys(keys, 2)
         mixed = self.attention_out(attended.reshape(hidden.shape))
         hidden = self.attention_norm(hidden + drop(mixed, dropout, first))
-        return self.output_norm(hidden + drop(self.down(gelu(self.up(hidden))), dropout, second))
+        return _own_rows(self.output_norm(hidden + drop(self.down(gelu(self.up(hidden))), dropout, second)))
 
 
 class Encoder(nnx.Module):
@@ -239,6 +241,15 @@ class Encoder(nnx.Module):
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         run = jax.checkpoint(run, prevent_cse=False, policy=KEPT[remat])
         return jax.lax.scan(run, hidden, (stacked, of_layers))[0]
+
+
+def _own_rows(hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    """The same, whole on the device that has the row.
+
+    fsdp splits the width of tables and kernels. Left alone, XLA splits the hidden states as the tables are, and devices send
+    each other those of all rows, several times a layer, in place of the weights.
+    """
+    return constrain(hidden, BATCH)
 
 
 def gelu(x: Array) -> Array:

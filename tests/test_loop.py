@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import weakref
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -70,6 +71,16 @@ def test_dense_alone_is_measured_alone(small_data, tmp_path):
     measures = {key for line in lines for key in line if key.startswith("dev/")}
     assert measures == {"dev/dense/ndcg_at_10", "dev/dense/recall_at_100"}
     assert "lexical" not in results["commands"][0]
+
+
+@pytest.mark.parametrize(("objective", "weights"), [("v4", (1.0, 0.3, 1.0)), ("v1", (1.0, 1.0, 1.0))])
+def test_dev_scores_of_the_weighted_sum_are_the_teacher_s(small_data, tmp_path, monkeypatch, objective, weights):
+    taken = {}
+    monkeypatch.setattr(
+        train.loop, "evaluate", lambda *_, **settings: taken.update(settings) or SimpleNamespace(scores={})
+    )
+    train.loop._dev_scores(small_config(small_data, tmp_path, objective=objective), None, None)
+    assert taken["weights"] == {"all": weights, "dense+sparse": (*weights[:2], 0.0)} and not taken["baseline"]
 
 
 class Enough(Exception):

@@ -18,6 +18,7 @@ import train.loop
 import train.main as program
 import train.plan
 import train.start
+import train.step
 from m3jax.sharding import make_mesh
 from tests.conftest import command_line
 from tests.small_run import small_config
@@ -28,6 +29,7 @@ from train.optimizer import make_optimizer
 from train.plan import format_plan
 from train.start import read_rows, start_batches, start_model
 from train.step import make_state, make_step
+from train.sub_batch import SubBatches
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ROOT = Path(__file__).parents[1]
@@ -110,6 +112,31 @@ def test_memory_and_work_are_those_of_the_run(planned, config):
     for group in planned["groups"]:
         assert (group["memory"], group["encoder_flops"], group["colbert_flops"]) == found[group["batch_size"]]
     assert planned["checkpoint"] == sum(x.nbytes for x in jax.tree.leaves(state)) and planned["checkpoints"] == 3
+
+
+def test_the_run_and_the_plan_encode_in_the_same_sub_batches(small_data, tmp_path, monkeypatch):
+    """As many as `sub_batch_tokens` holds, of each length group its own; seen where a step encodes."""
+    changes = SETTINGS | {"steps": 4, "remat": "elements", "sub_batch_tokens": 20, "evaluate_untrained": False}
+    config = small_config(small_data, tmp_path / "run", **changes, **{"data.dev": "", "data.test": ""})
+    encoded, encode_in = set(), train.step.encode_in
+
+    def seen(parts, encode, ids, *rest):
+        encoded.add((*ids.shape, parts))
+        return encode_in(parts, encode, ids, *rest)
+
+    monkeypatch.setattr(train.step, "encode_in", seen)
+    # Of 3 queries of 8 tokens one at a time, and 2 at once; of 6 passages of 14 tokens, and of 4 of 16, one.
+    expected = {(3, 8, 3), (6, 14, 6), (2, 8, 1), (4, 16, 4)}
+    groups, model = train.plan.plan(config)["groups"], start_model(config, values=False).config
+    assert encoded == expected
+    for group, parts in zip(groups, (SubBatches(3, 6), SubBatches(1, 4)), strict=True):
+        assert group["sub_batches"] == parts.passages
+        sides = (group["batch_size"], group["query_tokens"]), (2 * group["batch_size"], group["passage_tokens"])
+        flops = step_flops(model, *(np.full(*side) for side in sides), sub_batches=parts)
+        assert (group["encoder_flops"], group["colbert_flops"]) == pytest.approx(tuple(flops))
+    encoded.clear()
+    train.loop.train(config)
+    assert encoded == expected
 
 
 def test_what_a_person_sees(planned, config, small_data, capsys):

@@ -147,6 +147,17 @@ def test_page_holds_what_a_person_must_see(complete: Path):
     ):
         assert text in page.text
     assert page.tags.count("svg") == 5
+    assert page.text.count("all: the weighted sum, which teaches the others.") == 1
+
+
+def test_the_teacher_is_the_sum_of_what_is_trained_and_nothing_where_none_teaches(tmp_path: Path):
+    def caption(*kept: str) -> str:
+        rows = [{key: row[key] for key in row if key == "step" or key.startswith(kept)} for row in _metrics()]
+        write_report(_run(tmp_path, metrics=[row for row in rows if len(row) > 1]))
+        return _read(tmp_path)[1].text
+
+    assert "dense+sparse: the weighted sum, which teaches the others." in caption("distill/", "dev/dense")
+    assert "which teaches" not in caption("distill/", "dev/dense/") + caption("loss", "dev/")
 
 
 def test_page_needs_nothing_but_itself(complete: Path):
@@ -172,7 +183,7 @@ def test_pictures_are_files_of_their_own(complete: Path):
         assert "ink" in used and all(f"--{name}:" in path.read_text() for name in used)
     assert sorted(texts) == ["dev.svg", "gradients.svg", "loss.svg", "quality.svg", "speed.svg"]
     assert "Contrastive loss" in texts["loss.svg"] and "hybrid" in texts["loss.svg"]
-    assert "dense+sparse" in texts["dev.svg"]
+    assert all(name in texts["dev.svg"].split() for name in FUNCTIONS)
     assert "0.147" in texts["quality.svg"] and "0.820" in texts["quality.svg"]
 
 

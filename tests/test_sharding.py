@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from m3jax.config import M3Config
 from m3jax.model import flatten, shapes
-from m3jax.sharding import AXES, make_mesh, partition, path_name, shardings
+from m3jax.sharding import AXES, BATCH, constrain, make_mesh, partition, path_name, shardings
 
 DEVICES = jax.devices()[:1]
 
@@ -84,6 +84,17 @@ def test_shardings_are_on_the_mesh():
     placed = shardings(shapes(M3Config.tiny(num_hidden_layers=1)), mesh)
     one = placed["encoder"]["layers"][0]["q"]["kernel"]
     assert one.mesh == mesh and one.spec == PartitionSpec("fsdp", "tensor")
+
+
+def test_arrays_are_placed_on_a_mesh_of_ours_alone():
+    def text(mesh, place=lambda x: constrain(x, BATCH)):
+        with jax.set_mesh(mesh):
+            return str(jax.make_jaxpr(place)(jnp.zeros((2, 3))))
+
+    ours, other = make_mesh(devices=DEVICES), jax.make_mesh((1,), ("rows",), devices=DEVICES)
+    within = jax.shard_map(lambda x: constrain(x, BATCH), mesh=ours, in_specs=BATCH, out_specs=BATCH)
+    assert "sharding_constraint" in text(ours)
+    assert not any("sharding_constraint" in said for said in (text(other), text(ours, within)))
 
 
 EIGHT = """

@@ -13,7 +13,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ from train.step import TrainState, make_state, make_step
 from train.sub_batch import SubBatches
 from train.tables import format_changes, format_example, format_table
 from train.tasks import Task
+from train.tuning import Hybrid, Weights
 
 # A run goes on only with these as it began, and with the same data: all but how often it is looked at and where.
 _KEPT = (
@@ -317,12 +318,15 @@ def _untrained(config: Config, run: Path, m3: M3, tests: list[Task], *, going_on
     return measured
 
 
-def _evaluate(config: Config, m3: M3, task: Task, name: str) -> Evaluation:
+def _evaluate(
+    config: Config, m3: M3, task: Task, name: str, weights: Mapping[Hybrid, Weights] | None = None
+) -> Evaluation:
     """What is trained, of the five functions, on one set; BM25, which no training changes, beside the trained model only."""
     return evaluate(
         m3,
         task,
         functions=measured_functions(config),
+        weights=weights,
         max_length=config.passage_max_length,
         query_max_length=config.query_max_length,
         baseline=name == "trained",
@@ -330,7 +334,10 @@ def _evaluate(config: Config, m3: M3, task: Task, name: str) -> Evaluation:
 
 
 def _dev_scores(config: Config, m3: M3, dev: Task) -> dict[str, float]:
-    scores = _evaluate(config, m3, dev, "dev").scores
+    # By the run's own weights: so the weighted sum is the teacher of self-distillation. Test sets are measured as search ranks.
+    dense, sparse, colbert = hybrid_weights(config)
+    weights: dict[Hybrid, Weights] = {"dense+sparse": (dense, sparse, 0.0), "all": (dense, sparse, colbert)}
+    scores = _evaluate(config, m3, dev, "dev", weights).scores
     return {f"dev/{function}/{metric}": value for function, of in scores.items() for metric, value in of.items()}
 
 

@@ -192,12 +192,21 @@ def _html_details(results: Results, metrics: Sequence[Mapping[str, float]]) -> s
     return f"<h2>Details</h2>{html}" if html else ""
 
 
+def _teacher(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Which of the curves on the development set is the teacher of self-distillation, if any is: that of all that is trained."""
+    keys = {key for row in metrics for key in row}
+    measured = [name for name in ("all", "dense+sparse") if f"dev/{name}/ndcg_at_10" in keys]
+    if not measured or not any(key.startswith("distill/") for key in keys):
+        return ""
+    return f" {measured[0]}: the weighted sum, which teaches the others."
+
+
 def _page(results: Results, metrics: Sequence[Mapping[str, float]], pictures: Mapping[str, str]) -> str:
     window = smoothing_window(metrics)
     captions = {
         "quality": "Wide bar: trained. Thin grey bar: before training. Dashed line: BM25.",
         "loss": "Lower is better." + f" Thin: each logged step. Bold: mean of {window} of them." * (window > 1),
-        "dev": "Higher is better, 1 is perfect.",
+        "dev": "Higher is better, 1 is perfect." + _teacher(metrics),
         "gradients": "Before clipping. A sparse head whose terms go to 0 has collapsed.",
         "speed": "Means between logged steps, without compiling and measuring. Utilisation: the encoder's products on real "
         "tokens, over what products of large matrices reach here.",

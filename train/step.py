@@ -79,9 +79,10 @@ def loss_and_parts(
     passages = encode_in(
         sub_batches.passages, encode, batch.passage_ids, batch.passage_mask, jax.random.split(passage_key, count)
     )
-    scores = all_scores(queries, passages, hybrid_weights(config), config.functions)
-    for function, widths in config.matryoshka.items():
-        scores |= {f"{function}@{width}": _SCORES[function](width, queries, passages) for width in widths}
+    with jax.named_scope("scores"):  # as a profile names it, and the test of what devices send each other
+        scores = all_scores(queries, passages, hybrid_weights(config), config.functions)
+        for function, widths in config.matryoshka.items():
+            scores |= {f"{function}@{width}": _SCORES[function](width, queries, passages) for width in widths}
     positives = jnp.arange(rows) * (count // rows)  # passages are query-major, the positive first
     loss, parts = m3_loss(
         scores,

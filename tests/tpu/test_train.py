@@ -3,27 +3,26 @@
 Not here: that the step is right (tests/test_step.py, test_sub_batch.py).
 """
 
-import re
+import math
 import time
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 pytest.importorskip("optax", reason="training needs the train extra")
 
 from configs import base
 from m3jax.config import M3Config
 from m3jax.model import shapes
-from m3jax.sharding import BATCH, shardings
+from tests.abstract_step import abstract_batch, abstract_state
+from tests.collectives import activations, collectives
 from train.compiled import bytes_of, fitting
-from train.data.pipeline import Batch
 from train.optimizer import make_optimizer
-from train.step import TrainState, make_step
+from train.step import make_step
 
 MODEL = M3Config()
+PARAMETERS = [x.shape for x in jax.tree.leaves(shapes(MODEL))]
 MEMORY = {"v5e": 16, "v6e": 32, "v5p": 95}  # GB a device
 MESHES = {1: {}, 8: {"data": 1, "fsdp": 8}, 64: {"data": 8, "fsdp": 8}}
 # PAPER §4: longest text → global batch of stage 3 (with groups of 8) and of stage 2 (pairs), on 24 and 96 devices. Rows are
@@ -40,17 +39,12 @@ DENSE = {
     7168: 12288,
     8192: 9984,
 }
-COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 # A batch for 1 and 8 devices has the paper's rows a device; for 64 the paper's whole batch, to the next multiple of 64.
 CASES = [
     *((stage, chip, devices, 512) for stage in ("unified", "dense") for chip in MEMORY for devices in MESHES),
     *((stage, chip, devices, 8192) for stage in ("unified", "dense") for chip in MEMORY for devices in MESHES),
     *(("unified", "v5e", 8, length) for length in UNIFIED if length not in (512, 8192)),
 ]
-
-
-def placed(tree, places):
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 
 def queries(stage, devices, length):
@@ -66,26 +60,9 @@ def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record
     if stage == "dense":
         config.functions = ("dense",)
     mesh, optimizer = tpu_mesh(chip, devices, **MESHES[devices]), make_optimizer(config)
-    params = placed(shapes(MODEL), shardings(shapes(MODEL), mesh))
-    moments = jax.eval_shape(optimizer.init, params)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    state = TrainState(params, placed(moments, shardings(moments, mesh)), count)
+    state = abstract_state(MODEL, optimizer, mesh)
     b, lq = queries(stage, devices, length), min(length, 512)
-
-    def rows(*shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
-
-    batch = Batch(
-        rows(b, lq, dtype=jnp.int32),
-        rows(b, lq, dtype=jnp.bool_),
-        rows(b * group, length, dtype=jnp.int32),
-        rows(b * group, length, dtype=jnp.bool_),
-        rows(b * group, 2, dtype=jnp.uint32),
-        rows(b, 1, 2, dtype=jnp.uint32),
-        rows(b * group, dtype=jnp.bool_),
-        rows(b, dtype=jnp.bool_),
-        rows(b, group, dtype=jnp.float32),
-    )
+    batch = abstract_batch(mesh, queries=b, query_length=lq, group=group, passage_length=length)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         program, parts, used = fitting(
@@ -98,10 +75,17 @@ def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record
     seconds, text = time.perf_counter() - start, program.as_text()
     for kernel in ("fwd", "dq", "dkv"):
         assert f"splash_mha_{kernel}_segmented" in text, kernel
-    collectives = Counter(COLLECTIVE.findall(text))
-    assert bool(collectives) == (devices > 1)
+    found = collectives(text)
+    assert bool(found) == (devices > 1)
+    # A device's part of the hidden states, of queries or of passages, whichever is less.
+    rows_of_parts = (b // devices // parts.queries * lq, b * group // devices // parts.passages * length)
+    for one in activations(found, PARAMETERS, min(rows_of_parts) * MODEL.hidden_size):
+        # What fsdp's devices look up in the tables for each other; within the layers nothing.
+        assert one.kind == "all-to-all" and one.loops <= (max(parts) > 1), one
+        assert sum(map(math.prod, one.arrays)) <= max(rows_of_parts) * MODEL.hidden_size, one
+    kinds = Counter(one.kind for one in found)
     record(
-        f"{stage} step, passages in {parts.passages} parts; " + ", ".join(f"{n} {name}" for name, n in collectives.items()),
+        f"{stage} step, passages in {parts.passages} parts; " + ", ".join(f"{n} {name}" for name, n in kinds.items()),
         chip, devices, f"{b} queries × {lq}, {b * group} passages × {length}", seconds, used / 1e9,
     )  # fmt: skip
     assert bytes_of(program) / 1e9 < MEMORY[chip]
