@@ -101,6 +101,27 @@ def test_evaluate_encodes_what_it_needs_and_measures_every_function(model, task_
     assert all((a["dense"], a["sparse"], a["colbert"]) == (True, False, True) for _, a in asked)
 
 
+def test_in_slices_with_a_look_before_each_it_measures_the_same(model, task_folder, monkeypatch):
+    task, looks = read_task(task_folder), []
+    whole = evaluate(model, task)
+    monkeypatch.setattr(train.evaluate, "_AT_ONCE", 2)
+    found = evaluate(model, task, look=lambda: looks.append(0))
+    assert found.runs.keys() == whole.runs.keys() and found.scores == whole.scores
+    for function, run in whole.runs.items():
+        for query, hits in run.items():
+            assert found.runs[function][query] == pytest.approx(hits, abs=1e-5)
+    assert len(looks) == 1 + 2 + 5  # 2 judged queries, 3 passages, 5 functions
+
+    def look():
+        looks.pop()
+        if len(looks) == 4:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        evaluate(model, task, look=look)
+    assert len(looks) == 4
+
+
 def test_weights_and_rerank_reach_the_two_hybrid_functions(model, task_folder):
     task = read_task(task_folder)
     plain = evaluate(model, task)

@@ -79,7 +79,7 @@ def test_dev_scores_of_the_weighted_sum_are_the_teacher_s(small_data, tmp_path, 
     monkeypatch.setattr(
         train.loop, "evaluate", lambda *_, **settings: taken.update(settings) or SimpleNamespace(scores={})
     )
-    train.loop._dev_scores(small_config(small_data, tmp_path, objective=objective), None, None)
+    train.loop._dev_scores(small_config(small_data, tmp_path, objective=objective), None, None, None)
     assert taken["weights"] == {"all": weights, "dense+sparse": (*weights[:2], 0.0)} and not taken["baseline"]
 
 

@@ -4,7 +4,9 @@ import os
 import signal
 import threading
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from train.preemption import Preemption, Stopped
 
@@ -24,9 +26,9 @@ def test_it_stops_at_once():
 def test_among_steps_it_waits_to_be_asked_for():
     with pytest.raises(Stopped, match="after the last step"), Preemption() as preemption:
         with preemption.deferred():
-            assert not preemption.reached(1)
+            assert not preemption.reached()
             ask()
-            assert preemption.reached(2)
+            assert preemption.reached()
         pytest.fail("still running")
 
 
@@ -37,7 +39,27 @@ def test_what_is_at_once_among_steps_is_broken_off():
             pytest.fail("still running")
         with pytest.raises(Stopped), preemption.at_once():
             pytest.fail("though it was asked before")
-        assert preemption.reached(1)
+        assert preemption.reached()
+
+
+def test_processes_stop_at_the_same_place(monkeypatch):
+    """Each place where they ask has the next number, steps and looks alike; where one said to stop, all do."""
+    asked = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or n == 4)
+    with pytest.raises(Stopped, match="after the last step"), Preemption() as preemption, preemption.deferred():
+        preemption.look()
+        assert not preemption.reached()
+        with pytest.raises(Stopped), preemption.at_once():
+            preemption.look()
+            preemption.look()
+        assert asked == [1, 2, 3, 4] and preemption.reached() and asked == [1, 2, 3, 4]
+
+
+def test_a_process_alone_does_not_look():
+    with pytest.raises(Stopped), Preemption() as preemption, preemption.deferred():
+        ask()
+        preemption.look()
 
 
 def test_an_error_among_the_steps_is_the_one_that_is_seen():
@@ -52,7 +74,7 @@ def test_another_thread_leaves_the_signal_alone():
 
     def run():
         with Preemption() as preemption, preemption.deferred():
-            seen.append((signal.getsignal(signal.SIGTERM), preemption.reached(1)))
+            seen.append((signal.getsignal(signal.SIGTERM), preemption.reached()))
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -4,9 +4,10 @@ How passages are ranked is m3jax.retrieval's, what is asked and measured tasks.p
 """
 
 import argparse
+import functools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from warnings import catch_warnings, filterwarnings
 
 import bm25s
 import numpy as np
+from scipy.sparse import csr_matrix, vstack
 
 import m3jax
 from m3jax.embeddings import Embeddings
@@ -25,6 +27,8 @@ from train.results import METRICS
 from train.tasks import Run, Task, measure, read_tasks
 from train.tuning import DEFAULT, HYBRIDS, RERANK, Hybrid, Weights, choose_weights
 
+# Texts between two looks whether to go on: as many as encode makes batches of by themselves.
+_AT_ONCE = 8192
 # Passages of each query in a run: as many as the deepest metric looks at.
 DEPTH = 100
 
@@ -126,6 +130,7 @@ def evaluate(
     max_length: int | None = None,
     query_max_length: int | None = None,
     progress: bool = False,
+    look: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Encode a task's queries and passages, rank by each function, and measure.
 
@@ -136,14 +141,17 @@ def evaluate(
       baseline: whether to measure BM25 too, on the terms that the model sees.
       max_length, query_max_length: tokens of passages and of queries; None is the model's positions.
       progress: show the progress of encode.
+      look: called before each ranking and some thousands of texts, where nothing is at work; what it raises breaks this off.
 
     Raises:
       ValueError: as `m3jax.encode` and `m3jax.search` do.
     """
     weights = {by: (weights or {}).get(by, DEFAULT[by]) for by in HYBRIDS if by in functions}
-    encoded = _encode(m3, task, functions, max_length, query_max_length, progress)
+    encoded = _encode(m3, task, functions, max_length, query_max_length, progress, look)
     runs = {"bm25": bm25(task, encoded.query_terms, encoded.passage_terms)} if baseline else {}
     for function in functions:
+        if look:
+            look()
         own = weights[function] if function in HYBRIDS else None
         runs[function] = rank(task, encoded.queries, encoded.passages, by=function, weights=own, rerank=rerank)
     return Evaluation(
@@ -327,6 +335,7 @@ def _encode(
     max_length: int | None,
     query_max_length: int | None,
     progress: bool,
+    look: Callable[[], None] | None = None,
 ) -> _Encoded:
     warnings: list[str] = []
     terms: list[list[list[int]]] = []
@@ -342,19 +351,33 @@ def _encode(
             warnings.append(f"{cut} of {len(texts)} {kind} were cut to {length} tokens")
         with catch_warnings():
             filterwarnings("ignore", message=".* were cut to it")  # counted above, beside what the texts are
-            encoded = m3jax.encode(
+            encode = functools.partial(
+                m3jax.encode,
                 m3,
-                texts,
                 dense=set(functions) != {"sparse"},
                 sparse=not {"sparse", *HYBRIDS}.isdisjoint(functions),
                 colbert=not {"colbert", "all"}.isdisjoint(functions),
                 max_length=length,
                 progress=progress,
             )
-        embeddings.append(encoded)
+            embeddings.append(_in_slices(encode, texts, look) if look else encode(texts))
     queries, passages = embeddings
     query_terms, passage_terms = terms
     return _Encoded(queries, passages, query_terms, passage_terms, warnings)
+
+
+def _in_slices(encode: Callable[[list[str]], Embeddings], texts: list[str], look: Callable[[], None]) -> Embeddings:
+    """encode(texts), with `look` called before each slice of them."""
+    slices = []
+    for start in range(0, max(1, len(texts)), _AT_ONCE):
+        look()
+        slices.append(encode(texts[start : start + _AT_ONCE]))
+    first = slices[0]
+    return Embeddings(
+        dense=None if first.dense is None else np.concatenate([one.dense for one in slices]),
+        terms=None if first.terms is None else csr_matrix(vstack([one.terms for one in slices])),
+        colbert=None if first.colbert is None else [vectors for one in slices for vectors in one.colbert],
+    )
 
 
 def _weights(text: str) -> tuple[Hybrid, Weights]:

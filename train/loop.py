@@ -104,7 +104,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     untrained: list[dict[str, Any]] = []
 
     def begin(m3: M3, first: int) -> None:
-        untrained.extend(_untrained(config, run, m3, tests, going_on=first > 0))
+        untrained.extend(_untrained(config, run, m3, tests, preemption.look, going_on=first > 0))
 
     fixed = FrozenConfigDict(config)
     trained, first, reached = run_steps(
@@ -117,7 +117,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
         settings=settings,
         best=config.keep_best if dev else "",
         begin=begin,
-        measure=None if dev is None else lambda m3: _dev_scores(config, m3, dev),
+        measure=None if dev is None else lambda m3: _dev_scores(config, m3, dev, preemption.look),
         clock=clock,
         preemption=preemption,
     )
@@ -131,7 +131,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     whole = dataclasses.replace(trained, params=on_host(trained.params))
     if is_first():
         m3jax.save(whole, run / "model", card=card_of_run(trained.config, known, kept))
-    evaluations = [_evaluate(config, trained, task, "trained") for task in tests]
+    evaluations = [_evaluate(config, trained, task, "trained", preemption.look) for task in tests]
     if not is_first():
         return {}
     example = None
@@ -234,7 +234,7 @@ def run_steps(
                 meter.run(done, measures)
                 measuring = measure is not None and _at(config.evaluate_every, done, config)
                 saving = _at(config.save_every, done, config)
-                stopping = preemption.reached(done)
+                stopping = preemption.reached()
                 if measuring or saving or stopping:
                     meter.finish()  # the state must be finite, and the line written
                 scores = {}
@@ -299,7 +299,9 @@ def _model(m3: M3, state: TrainState) -> M3:
     return dataclasses.replace(m3, params=cast(state.params, "float32"))
 
 
-def _untrained(config: Config, run: Path, m3: M3, tests: list[Task], *, going_on: bool) -> list[dict[str, Any]]:
+def _untrained(
+    config: Config, run: Path, m3: M3, tests: list[Task], look: Callable[[], None], *, going_on: bool
+) -> list[dict[str, Any]]:
     """Scores before the first step; a run that goes on, and so began with this model, keeps what it measured of these tasks."""
     if not (config.evaluate_untrained and tests):
         return []
@@ -312,14 +314,19 @@ def _untrained(config: Config, run: Path, m3: M3, tests: list[Task], *, going_on
     if agreed(known.get("of") == of):
         return known.get("evaluations", [])
     say("measuring the model before training …")
-    measured = [_evaluate(config, m3, task, "untrained").to_dict() | {"model": "untrained"} for task in tests]
+    measured = [_evaluate(config, m3, task, "untrained", look).to_dict() | {"model": "untrained"} for task in tests]
     if is_first():
         write_json(kept, {"of": of, "evaluations": measured})
     return measured
 
 
 def _evaluate(
-    config: Config, m3: M3, task: Task, name: str, weights: Mapping[Hybrid, Weights] | None = None
+    config: Config,
+    m3: M3,
+    task: Task,
+    name: str,
+    look: Callable[[], None],
+    weights: Mapping[Hybrid, Weights] | None = None,
 ) -> Evaluation:
     """What is trained, of the five functions, on one set; BM25, which no training changes, beside the trained model only."""
     return evaluate(
@@ -330,14 +337,15 @@ def _evaluate(
         max_length=config.passage_max_length,
         query_max_length=config.query_max_length,
         baseline=name == "trained",
+        look=look,
     )
 
 
-def _dev_scores(config: Config, m3: M3, dev: Task) -> dict[str, float]:
+def _dev_scores(config: Config, m3: M3, dev: Task, look: Callable[[], None]) -> dict[str, float]:
     # By the run's own weights: so the weighted sum is the teacher of self-distillation. Test sets are measured as search ranks.
     dense, sparse, colbert = hybrid_weights(config)
     weights: dict[Hybrid, Weights] = {"dense+sparse": (dense, sparse, 0.0), "all": (dense, sparse, colbert)}
-    scores = _evaluate(config, m3, dev, "dev", weights).scores
+    scores = _evaluate(config, m3, dev, "dev", look, weights).scores
     return {f"dev/{function}/{metric}": value for function, of in scores.items() for metric, value in of.items()}
 
 

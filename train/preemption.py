@@ -23,7 +23,8 @@ class Stopped(Exception):
 class Preemption:
     """A context manager: within it SIGTERM raises `Stopped` at once, but for the block `deferred`, where it waits.
 
-    Under jax.distributed the signal is jax's own: it is answered in that block only, by all processes after the same step.
+    Under jax.distributed the signal is jax's own, and processes can only stop together: all of them at the same one of the
+    places where they ask whether it came, `reached` and `look`, and so all ask equally often.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class Preemption:
         self._ours = not self._distributed and threading.current_thread() is threading.main_thread()
         self._before: Any = None
         self._deferred = self._asked = False
+        self._places = 0  # where this process asked
 
     def __enter__(self) -> "Preemption":
         if self._ours:
@@ -61,7 +63,7 @@ class Preemption:
     def at_once(self) -> Iterator[None]:
         """Within a block `deferred`, one that the signal breaks off with `Stopped`, even where it came just before.
 
-        Under jax.distributed it goes on: its processes can only stop together, after a step.
+        Under jax.distributed it goes on to where it looks.
         """
         self._deferred = False
         try:
@@ -71,11 +73,18 @@ class Preemption:
         finally:
             self._deferred = True
 
-    def reached(self, step: int) -> bool:
-        """Whether to stop after `step` steps. Every process asks after each step."""
-        if self._synchronised:
-            return multihost_utils.reached_preemption_sync_point(step)
+    def reached(self) -> bool:
+        """Whether to stop here. Every process asks after each step."""
+        if self._synchronised and not self._asked:
+            self._places += 1
+            self._asked = multihost_utils.reached_preemption_sync_point(self._places)
         return self._asked
+
+    def look(self) -> None:
+        """`Stopped` where processes that can only stop together are to stop; with one alone the signal itself breaks off what
+        runs. For places within long work where nothing is at work on the devices."""
+        if self._synchronised and self.reached():
+            raise Stopped("stopped while it measured, where there is nothing to save")
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

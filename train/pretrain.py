@@ -125,7 +125,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     every = config.to_dict()
     settings = {key: every[key] for key in _KEPT} | {"data": texts.name}
     optimizer, fixed = make_optimizer(config), FrozenConfigDict(config)
-    measure = HeldOut(config, model, mask_id, dev, groups, mesh) if dev else None
+    measure = HeldOut(config, model, mask_id, dev, groups, mesh, preemption.look) if dev else None
     losses: dict[str, dict[str, float]] = {}
 
     def begin(m3: M3, first: int) -> None:

@@ -81,12 +81,22 @@ def _shares(config: Config, mask_id: int) -> dict[str, Any]:
 
 
 class HeldOut:
-    """The mean losses over the targets of texts that are not trained on: the same masks each time, whatever the devices are."""
+    """The mean losses over the targets of texts that are not trained on: the same masks each time, whatever the devices are.
+
+    look: called before each batch; what it raises breaks off.
+    """
 
     def __init__(
-        self, config: Config, model: M3Config, mask_id: int, texts: Texts, groups: list[LengthGroup], mesh: Mesh
+        self,
+        config: Config,
+        model: M3Config,
+        mask_id: int,
+        texts: Texts,
+        groups: list[LengthGroup],
+        mesh: Mesh,
+        look: Callable[[], None],
     ):
-        self._texts, self._groups, self._mesh = texts, groups, mesh
+        self._texts, self._groups, self._mesh, self._look = texts, groups, mesh, look
         self._pad_id = model.pad_token_id
         one = Targets(jax.numpy.int32(1), jax.numpy.int32(1))
 
@@ -114,6 +124,7 @@ class HeldOut:
             length = min(bucket_length(int(self._texts.lengths[members].max()), 128), high)
             rows = parts * max(1, _MEASURED_TOKENS // length)
             for start in range(0, len(members), rows):
+                self._look()
                 these = members[start : start + rows]
                 ids, mask = pad(self._texts.ids(these), rows, length, self._pad_id)  # rows that are left have no target
                 mine = np.arange(rows).reshape(parts, -1)[held].ravel()

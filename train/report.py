@@ -193,7 +193,7 @@ def _html_details(results: Results, metrics: Sequence[Mapping[str, float]]) -> s
 
 
 def _teacher(metrics: Sequence[Mapping[str, float]]) -> str:
-    """Which of the curves on the development set is the teacher of self-distillation, if any: that of all that is trained."""
+    """Which curve on the development set is the teacher of self-distillation, where one is: that of all that is trained."""
     keys = {key for row in metrics for key in row}
     measured = [name for name in ("all", "dense+sparse") if f"dev/{name}/ndcg_at_10" in keys]
     if not measured or not any(key.startswith("distill/") for key in keys):

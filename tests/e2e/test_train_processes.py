@@ -18,8 +18,9 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 CHANGES = {"dropout": 0.1}
 
 
-def on_two(small_data, output, **changes):
-    """What two processes say that train into `output` with the settings that `small_config` has, and changes."""
+def on_two(small_data, output, *, first="", code=0, **changes):
+    """What two processes say that train into `output` with the settings that `small_config` has, and changes, after the
+    statement `first`, and end with the code."""
     address = free_address()
     settings = {f"model.{name}": value for name, value in SIZES.items()} | TRAINING
     settings |= {
@@ -30,10 +31,13 @@ def on_two(small_data, output, **changes):
     files = {"train": "train.jsonl", "dev": "dev", "test": "test"}
     settings |= {f"data.{name}": small_data / path for name, path in files.items()}
     settings |= {"example.language": "Swahili"} | CHANGES | changes
-    processes = [start_training(settings | {"distributed": f"{address},2,{index}"}, devices=2) for index in (0, 1)]
+    processes = [
+        start_training(settings | {"distributed": f"{address},2,{index}"}, devices=2, first=first.format(index=index))
+        for index in (0, 1)
+    ]
     done = [process.communicate(timeout=600) for process in processes]
     for process, (out, error) in zip(processes, done, strict=True):
-        assert process.returncode == 0, out[-2000:] + error[-3000:]
+        assert process.returncode == code, out[-2000:] + error[-3000:]
     # Gloo, which carries what CPUs send each other, says on stdout that it is there.
     return ["".join(line for line in out.splitlines(True) if "peer ranks" not in line) for out, _ in done]
 
@@ -92,4 +96,40 @@ def test_what_two_began_one_ends_and_the_reverse(small_data, on_both, alone, tmp
     shutil.rmtree(output / "checkpoints/4")
     said, _ = on_two(small_data, output, **{"mesh.data": 2, "mesh.tensor": 2, "data.test": ""})
     assert "going on after step 2" in said
+    assert_same(losses(output), losses(alone))
+
+
+# The second of two processes is asked to stop when it first encodes. Texts go one by one, slowly enough that both hear of it.
+ASKED = """
+import os, signal, time
+import train.processes
+
+join, calls = train.processes.join, []
+
+def joined(distributed):
+    join(distributed)
+    import m3jax, train.evaluate
+    encode = m3jax.encode
+
+    def slowly(*given, **how):
+        calls.append(0)
+        if {index} == len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return encode(*given, **how)
+
+    m3jax.encode, train.evaluate._AT_ONCE = slowly, 1
+
+train.processes.join = joined
+"""
+
+
+def test_asked_to_stop_while_they_measure_two_save_and_end_together(small_data, alone, tmp_path):
+    output = tmp_path / "run"
+    once = {"mesh.fsdp": 2, "evaluate_untrained": False, "save_every": 4}
+    first, _ = on_two(small_data, output, first=ASKED, code=75, **once)
+    assert "stopped after step 2, which is saved; start the same command again to go on" in first
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["2"]
+    assert [row["step"] for row in losses(output)] == [1, 2]  # and no line of dev scores
+    on_one(small_data, output)
     assert_same(losses(output), losses(alone))

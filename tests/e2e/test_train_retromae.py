@@ -20,10 +20,12 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 import convert.__main__
 import m3jax
 import train.loop
+import train.preemption
 from configs import base, retromae
 from m3jax import checkpoint, weights
 from m3jax.model import flatten
 from tests.small_run import SIZES, WORDS, write
+from train.preemption import Stopped
 from train.pretrain import _OF_OTHER_STAGES, _start, pretrain
 from train.results import read_metrics, read_results
 from train.sub_batch import SubBatches
@@ -83,6 +85,16 @@ def test_what_a_run_leaves(ran):
     assert "model.safetensors" in names and not {"sparse_linear.pt", "colbert_linear.pt"} & names
     card = (ran / "model" / "README.md").read_text(encoding="utf-8")
     assert f"| trained, loss on held-out texts | {after['encoder']:.3f} | {after['decoder']:.3f} |" in card
+
+
+def test_it_looks_whether_to_stop_while_it_measures(configured, tmp_path, monkeypatch):
+    def look(preemption):
+        raise Stopped("at a look")
+
+    monkeypatch.setattr(train.preemption.Preemption, "look", look)
+    with pytest.raises(Stopped, match="at a look"):
+        pretrain(configured(tmp_path / "run"))
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_stage_2_starts_from_the_encoder(ran):
