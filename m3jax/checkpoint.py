@@ -141,7 +141,8 @@ def _of_system(error: Exception) -> Exception:
 
 
 def place(directory: str | Path) -> Any:
-    """A path as Orbax wants it: absolute, or for gs://, the only store that Orbax writes to itself, one of its own paths."""
+    """A path as Orbax wants it: absolute, or of a store one of its own paths. Only in gs:// does it mark what is whole; in
+    others it renames, which is no single act there (orbax-checkpoint 0.12.8, `atomicity_defaults`)."""
     if not paths.is_url(directory):
         return Path(directory).absolute()
     from etils import epath

@@ -107,8 +107,8 @@ def check(config: Config) -> None:
         wrong.append(f"keep_best = {config.keep_best!r}, expected '' or one of {', '.join(measures)}")
     if paths.is_url(config.checkpoints) and not config.checkpoints.startswith("gs://"):
         wrong.append(
-            f"checkpoints = {config.checkpoints!r}, expected a local folder or gs://…, the one store that Orbax writes to "
-            "itself: mount another one as a folder"
+            f"checkpoints = {config.checkpoints!r}, expected a local folder or gs://…, the one store where Orbax marks "
+            "a checkpoint as whole; it renames in others, s3:// too, which is no single act there: write to a disk, and copy"
         )
     trained = [PARTS.index(function) for function in config.functions if function in PARTS]
     for key in ("loss_weights", "hybrid_weights")[: len(trained)]:  # one function has no hybrid
