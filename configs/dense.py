@@ -2,7 +2,8 @@
 
 Give `data.train` and `init_from`, a model of stage 1. What it leaves is the `init_from` of configs/unified.py.
 One GPU: as it stands the batches are the paper's for one device (700 pairs of up to 500 tokens), with
-`--config.dtype=bfloat16`; not measured. Two CPU cores, the demo set: RESULTS.md, "Stages", has the command; dense went from 0.017 to 0.179 of nDCG@10 in 89 s.
+`--config.dtype=bfloat16`; not measured. Two CPU cores, the demo set:
+RESULTS.md, "Stages", has the command; dense went from 0.017 to 0.179 of nDCG@10 in 89 s.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,11 @@
 """Stage 1 of the paper: RetroMAE, masked auto-encoding of plain texts, before any pairs of texts are needed.
 
 The defaults are the paper's, for 32 devices of 40 GB. Give `--config.data.train=texts.jsonl` (or .txt, a folder, "cldr",
-tfds:NAME) and `--config.init_from=DIRECTORY`, which `python -m convert from-pytorch FacebookAI/xlm-roberta-large DIRECTORY --heads init
---extend-positions 8194` writes (or a `--config.tokenizer` for random weights). Two CPU cores, a small model:
-`--config.length_groups='((128, 32),)' --config.passage_max_length=128 --config.steps=400 --config.learning_rate=5e-4`. The run
-releases the encoder alone; stage 2, configs/dense.py, starts from it with `--config.init_from=runs/retromae/model`.
+tfds:NAME) and `--config.init_from=DIRECTORY`, which `python -m convert from-pytorch FacebookAI/xlm-roberta-large DIRECTORY
+--heads init --extend-positions 8194` writes (or a `--config.tokenizer` for random weights). Two CPU cores, a small model:
+`--config.length_groups='((128, 32),)' --config.passage_max_length=128 --config.steps=400 --config.learning_rate=5e-4`; the
+demo set: RESULTS.md, "Stages". The run releases the encoder alone; stage 2, configs/dense.py, starts from it with
+`--config.init_from=runs/retromae/model`.
 """
 
 from ml_collections import ConfigDict
