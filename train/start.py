@@ -114,6 +114,12 @@ def check(config: Config) -> None:
     for key in ("loss_weights", "hybrid_weights")[: len(trained)]:  # one function has no hybrid
         if _three_from_0_or_none(config[key]) and config[key] and not any(config[key][place] for place in trained):
             wrong.append(f"{key} = {config[key]}, which is 0 for all of functions = {config.functions}")
+    if config.stage != "retromae":
+        wrong += [
+            f"{key} = {config[key]}, which is of stage 1 alone; expected {nothing}"
+            for key, nothing in (("encoder_mask", 0.3), ("decoder_seen", 0.5))
+            if config[key] != nothing
+        ]
     if wrong:
         raise ValueError("settings that no run can have: " + "; ".join(wrong))
     if config.steps and config.distill_start >= config.steps:

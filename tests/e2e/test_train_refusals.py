@@ -58,6 +58,10 @@ def test_bad_rows_end_a_run_before_it_starts(small_data, tmp_path, line, message
         ({"distill_start": -5}, "distill_start = -5, expected a step, or -1 for never"),
         ({"hybrid_weights": (1.0, 0.3)}, r"hybrid_weights = \(1.0, 0.3\), expected three numbers from 0 up"),
         ({"loss_weights": (1.0, -0.1, float("nan"))}, r"loss_weights = \(1.0, -0.1, nan\), expected three numbers"),
+        (
+            {"encoder_mask": 0.15, "decoder_seen": 0.7},
+            r"encoder_mask = 0\.15, which is of stage 1 alone; expected 0\.3; decoder_seen = 0\.7",
+        ),
         ({"seed": -1}, "seed = -1, expected from 0 up"),
         ({"checkpoints": "memory://run"}, "checkpoints = 'memory://run', expected a local folder or gs://…"),
         ({"keep_best": "dev/all/ndcg"}, "keep_best = 'dev/all/ndcg', expected '' or one of dev/dense/ndcg_at_10, "),
