@@ -27,7 +27,7 @@ from train.data.pipeline import prefetch
 from train.flops import step_flops
 from train.optimizer import make_optimizer
 from train.plan import format_plan
-from train.start import read_rows, start_batches, start_model
+from train.start import data_paths, read_rows, start_batches, start_model
 from train.step import make_state, make_step
 from train.sub_batch import SubBatches
 
@@ -99,7 +99,7 @@ def test_groups(planned, small_data):
 
 def test_memory_and_work_are_those_of_the_run(planned, config):
     m3, mesh, optimizer = start_model(config), make_mesh(), make_optimizer(config)
-    source = read_rows(config, m3.tokenizer)
+    source = read_rows(config, data_paths(config).train, m3.tokenizer)
     state = make_state(m3.params, optimizer, mesh)
     found = {}
     with jax.set_mesh(mesh):

@@ -155,7 +155,7 @@ def rows_with_scores(tmp_path, tiny_tokenizer):
         config.data.train, config.data.folder = str(tmp_path / "rows.jsonl"), str(tmp_path / "data")
         config.query_max_length = config.passage_max_length = 64
         config.teacher = teacher
-        return read_rows(config, tiny_tokenizer)
+        return read_rows(config, [tmp_path / "rows.jsonl"], tiny_tokenizer)
 
     return read
 

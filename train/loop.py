@@ -44,6 +44,7 @@ from train.preemption import Preemption, Stopped
 from train.processes import agreed, first_then_others, is_first, on_host, placed, rows_held
 from train.release import card_of_run
 from train.start import (
+    DataPaths,
     check,
     checkpoints_of,
     data_paths,
@@ -87,11 +88,12 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     run = Path(config.output)
     run.mkdir(parents=True, exist_ok=True)
     clock = Clock()
-    dev, tests = first_then_others(lambda: read_sets(config), "read the sets that measure")
+    data = first_then_others(lambda: data_paths(config), "write what is made of the data")
+    dev, tests = first_then_others(lambda: read_sets(data), "read the sets that measure")
     m3 = first_then_others(lambda: start_model(config), "read or make the model")
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
-    source = read_rows(config, m3.tokenizer)
+    source = read_rows(config, data.train, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
     config = with_steps(config, batches)
     say(describe(config, m3, len(source), mesh.size))
@@ -150,7 +152,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
         "seconds": clock.seconds(whole=first == 0),
         "hardware": hardware(mesh),
         "versions": versions(),
-        "commands": _next_commands(config, run),
+        "commands": _next_commands(config, run, data),
         "model": "model",
         "evaluations": [one.to_dict() | {"model": "trained"} for one in evaluations] + untrained,
         "example": example,
@@ -349,7 +351,7 @@ def _dev_scores(config: Config, m3: M3, dev: Task, look: Callable[[], None]) -> 
     return {f"dev/{function}/{metric}": value for function, of in scores.items() for metric, value in of.items()}
 
 
-def _next_commands(config: Config, run: Path) -> list[str]:
+def _next_commands(config: Config, run: Path, data: DataPaths) -> list[str]:
     """Commands that work as they stand on what the run left: encode, measure and take along; of a model that had a parent,
     merge with it, which wins back what was forgotten, and serve."""
     model, quoted = run / "model", shlex.quote(str(run / "model"))
@@ -359,8 +361,7 @@ def _next_commands(config: Config, run: Path) -> list[str]:
     commands = [
         f"python -c \"import m3jax; m = m3jax.load('{model}'); print({shown})\"",
     ]
-    found = data_paths(config)
-    for folder in [*found.tests[-1:], *([found.dev] if found.dev else [])][:1]:
+    for folder in [*data.tests[-1:], *([data.dev] if data.dev else [])][:1]:
         commands.append(f"python -m train.evaluate --model {quoted} --task custom --data {shlex.quote(str(folder))}")
     if not config.init_from or config.heads == "init":  # an encoder without heads is no parent to merge with
         return [*commands, f"python -m convert from-pytorch {quoted} {shlex.quote(str(run / 'orbax'))}"]

@@ -22,7 +22,7 @@ from train.data.streams import Stream
 from train.flops import matrix_rate, step_flops
 from train.optimizer import make_optimizer
 from train.processes import rows_held
-from train.start import read_rows, read_sets, start_batches, start_model, with_length_groups, with_steps
+from train.start import data_paths, read_rows, read_sets, start_batches, start_model, with_length_groups, with_steps
 from train.step import TrainState, make_step
 from train.tables import format_duration
 
@@ -32,11 +32,12 @@ def plan(config: Config) -> dict[str, Any]:
 
     Every text is tokenised, and every step of the run compiled, as the run would. Raises ValueError as the run would.
     """
-    dev, _ = read_sets(config)
+    data = data_paths(config)
+    dev, _ = read_sets(data)
     m3 = start_model(config, values=False)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
-    source = read_rows(config, m3.tokenizer)
+    source = read_rows(config, data.train, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
     config = with_steps(config, batches)
     say(describe(config, m3, len(source), mesh.size))

@@ -168,7 +168,12 @@ class DataPaths(NamedTuple):
 
 
 def data_paths(config: Config) -> DataPaths:
-    """The paths of config.data; rows that are held out of the training rows are the first test, and dev where none is given."""
+    """The paths of config.data; rows that are held out of the training rows are the first test, and dev where none is given.
+
+    What is not there yet is written. Called once a run: it reads the training files, which may be others later.
+    """
+    if not config.data.train:
+        raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
     train, tests = (
         [path_of(config, path) for path in listed(paths)] for paths in (config.data.train, config.data.test)
     )
@@ -179,9 +184,8 @@ def data_paths(config: Config) -> DataPaths:
     return DataPaths(train, dev, tests)
 
 
-def read_sets(config: Config) -> tuple[Task | None, list[Task]]:
+def read_sets(found: DataPaths) -> tuple[Task | None, list[Task]]:
     """What measures the model during training and after it."""
-    found = data_paths(config)
     return found.dev and read_task(found.dev), read_tasks(found.tests)
 
 
@@ -190,8 +194,6 @@ def start_model(config: Config, *, values: bool = True) -> M3:
 
     values: False gives the parameters as jax.ShapeDtypeStruct, and reads or draws none.
     """
-    if not config.data.train:
-        raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
     if config.init_from:
         if config.tokenizer:
             raise ValueError(f"init_from brings its tokenizer; got tokenizer={config.tokenizer!r} too, leave it out")
@@ -254,11 +256,11 @@ def _described(config: Config) -> M3:
     return M3(model, shapes(model), tokenizer)
 
 
-def read_rows(config: Config, tokenizer: Tokenizer) -> RowSource:
+def read_rows(config: Config, datasets: Sequence[Path], tokenizer: Tokenizer) -> RowSource:
     """The rows to train on, prepared by process 0; ValueError where a teacher is asked for and no row has its scores."""
     source = first_then_others(
         lambda: prepare(
-            data_paths(config).train,
+            datasets,
             tokenizer,
             data_dir=config.data.folder,
             query_max_length=config.query_max_length,

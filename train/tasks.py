@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytrec_eval
 
-from train.files import came, parse_object, read_lines
+from train.files import came, parse_object, read_lines, write_lines
 
 # {query id: {passage id: score}}, best first.
 Run = dict[str, dict[str, float]]
@@ -110,6 +110,14 @@ def read_task(folder: str | Path) -> Task:
             )
         judged[row["docid"]] = row["relevance"]
     return Task(folder.name, corpus, queries, qrels)
+
+
+def write_task(folder: Path, corpus: Mapping[str, str], queries: Mapping[str, str], qrels: Qrels) -> None:
+    """What `read_task` reads, into a folder that need not be there."""
+    judged = ((query, passage, relevance) for query, of in qrels.items() for passage, relevance in of.items())
+    write_lines(folder / "corpus.jsonl", ({"id": id, "title": "", "text": text} for id, text in corpus.items()))
+    write_lines(folder / "test_queries.jsonl", ({"id": id, "text": text} for id, text in queries.items()))
+    write_lines(folder / "test_qrels.jsonl", ({"qid": q, "docid": p, "relevance": r} for q, p, r in judged))
 
 
 def read_tasks(folders: Sequence[str | Path]) -> list[Task]:

@@ -8,7 +8,11 @@ OUT/dev/LANGUAGE and OUT/test/LANGUAGE. What is of the languages CODE goes to th
 import sys
 from pathlib import Path
 
-from sets import load_py, write, write_task
+sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, whose train.py is another
+
+from sets import load_py, write_one
+
+from train.files import write_lines
 
 PARALLEL = ("xquad-x2en", "tatoeba", "ntrex-x2en")
 
@@ -20,14 +24,14 @@ def main(data: Path, out: Path, other: Path | None, codes: list[str]) -> None:
     for name in (*names, *PARALLEL):
         folder = other if other and name.removeprefix("qa.") in codes else out
         rows = list(load.training_rows(name))
-        write(folder / "rows" / f"{name}.jsonl", rows)
+        write_lines(folder / "rows" / f"{name}.jsonl", rows)
         texts.setdefault(folder, {}).update(dict.fromkeys(text for row in rows for text in (*row["pos"], *row["neg"])))
         print(f"{len(rows):,} rows of {name}")
     for folder, found in texts.items():
-        write(folder / "texts.jsonl", ({"text": text} for text in found))
+        write_lines(folder / "texts.jsonl", ({"text": text} for text in found))
     for task in load.tasks("qa"):
         _, code, split = task["task"].split("/")
-        write_task(load, task["task"], (other if other and code in codes else out) / split / code)
+        write_one(load, task["task"], (other if other and code in codes else out) / split / code)
 
 
 if __name__ == "__main__":

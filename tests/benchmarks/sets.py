@@ -1,10 +1,10 @@
 """Files of training rows and evaluation folders out of DATA, which has load.py and its sets/: for qa.py and xquad.py."""
 
 import importlib.util
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from train.tasks import write_task
 
 
 def load_py(data: Path) -> Any:
@@ -16,15 +16,6 @@ def load_py(data: Path) -> Any:
     return load
 
 
-def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def write_task(load: Any, task: str, folder: Path) -> None:
-    """A task as the folder that `train.evaluate --task custom` and data.dev take."""
-    corpus, queries, qrels = load.load_task(task)
-    write(folder / "corpus.jsonl", ({"id": id, "title": "", "text": text} for id, text in corpus.items()))
-    write(folder / "test_queries.jsonl", ({"id": id, "text": text} for id, text in queries.items()))
-    judged = ({"qid": q, "docid": d, "relevance": r} for q, of in qrels.items() for d, r in of.items())
-    write(folder / "test_qrels.jsonl", judged)
+def write_one(load: Any, task: str, folder: Path) -> None:
+    """A task of DATA as the folder that `train.evaluate --task custom` and data.dev take."""
+    write_task(folder, *load.load_task(task))

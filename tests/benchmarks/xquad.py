@@ -12,12 +12,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # before this folder, whose train.py is another
+
 import jax
 import jax.numpy as jnp
 from babel import Locale
-from sets import load_py, write, write_task
+from sets import load_py, write_one
 
 import m3jax
+from train.files import write_lines
 
 LANGUAGES = ("ar", "de", "el", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 WITHOUT_SPACES = ("th", "zh")
@@ -119,11 +122,11 @@ def start(tokenizer: m3jax.Tokenizer) -> m3jax.M3:
 def main(data: Path, out: Path) -> None:
     load = load_py(data)
     for name, rows in training(load).items():
-        write(out / "rows" / f"{name}.jsonl", rows)
+        write_lines(out / "rows" / f"{name}.jsonl", rows)
         print(f"{len(rows):,} rows of {name}")
     for split in ("dev", "test"):
         for code in LANGUAGES:
-            write_task(load, f"xquad/{code}-en/{split}", out / split / code)
+            write_one(load, f"xquad/{code}-en/{split}", out / split / code)
     m3jax.save(start(m3jax.Tokenizer.from_file(data / "tokenizer" / "tokenizer.json")), out / "start")
 
 

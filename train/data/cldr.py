@@ -3,12 +3,11 @@
 Files are written in the layouts that real data has; reading, checking and tokenising them is left to the builders.
 """
 
-import json
 import math
 import random
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,9 @@ from babel.lists import format_list
 from babel.numbers import get_currency_name
 from babel.units import format_unit
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from train.files import write_lines
+from train.tasks import write_task
 
 # 36 of CLDR's languages, each of which names nearly everything itself. Most share their script with others here, because a
 # name that was never seen is understood through related names.
@@ -201,24 +203,17 @@ def write_demo(directory: Path, *, seed: int) -> None:
             )
 
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / "train.jsonl", ({"query": row.text, "pos": learnt[row.entry], "neg": []} for row in rows))
-    _write(directory / "texts.jsonl", ({"text": text} for texts in learnt.values() for text in texts))
+    write_lines(directory / "train.jsonl", ({"query": row.text, "pos": learnt[row.entry], "neg": []} for row in rows))
+    write_lines(directory / "texts.jsonl", ({"text": text} for texts in learnt.values() for text in texts))
     train_tokenizer(corpus).save(str(directory / "tokenizer.json"))
+    written = {f"{e.kind}.{e.code}.{c}": text for e in entries for c, text in passages[e].items()}
     for name, found in asked.items():
-        folder = directory / name
-        folder.mkdir(exist_ok=True)
-        _write(
-            folder / "corpus.jsonl",
-            ({"id": f"{e.kind}.{e.code}.{c}", "title": "", "text": t} for e in entries for c, t in passages[e].items()),
-        )
-        numbered = [(f"{q.entry.kind}.{q.entry.code}.{q.language}.{i}", q) for i, q in enumerate(found)]
-        _write(folder / "test_queries.jsonl", ({"id": id, "text": query.text} for id, query in numbered))
-        relevant = (
-            (id, f"{query.entry.kind}.{query.entry.code}.{code}")
-            for id, query in numbered
-            for code in passages[query.entry]
-        )
-        _write(folder / "test_qrels.jsonl", ({"qid": id, "docid": doc, "relevance": 1} for id, doc in relevant))
+        numbered = {f"{q.entry.kind}.{q.entry.code}.{q.language}.{i}": q for i, q in enumerate(found)}
+        relevant = {
+            id: {f"{query.entry.kind}.{query.entry.code}.{code}": 1 for code in passages[query.entry]}
+            for id, query in numbered.items()
+        }
+        write_task(directory / name, written, {id: query.text for id, query in numbered.items()}, relevant)
 
 
 def _queries(
@@ -277,8 +272,3 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     return tokenizer
-
-
-def _write(path: Path, rows: Iterable[object]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

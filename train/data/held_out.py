@@ -4,15 +4,14 @@ Not here: what a row must be (rows.py), and how a folder is measured (tasks.py, 
 """
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from train.data.rows import Texts, check_files, files_of, parse
 from train.files import read_lines
+from train.tasks import write_task
 
 # Enough for a mean to one or two hundredths, and few enough to be measured again and again during training.
 MOST_QUERIES = 1000
@@ -96,19 +95,12 @@ def _write_task(folder: Path, rows: list[Texts], others: Iterable[str]) -> None:
             break
         passages.setdefault(text)
     ids = {text: f"p{number}" for number, text in enumerate(passages)}
-
-    def judged() -> Iterator[dict[str, Any]]:
-        for number, texts in enumerate(relevant.values()):
-            yield from ({"qid": f"q{number}", "docid": ids[text], "relevance": 1} for text in texts)
-
-    folder.mkdir(parents=True)
-    for name, lines in (
-        ("corpus.jsonl", ({"id": id, "title": "", "text": text} for text, id in ids.items())),
-        ("test_queries.jsonl", ({"id": f"q{number}", "text": text} for number, text in enumerate(relevant))),
-        ("test_qrels.jsonl", judged()),
-    ):
-        with (folder / name).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_task(
+        folder,
+        corpus={id: text for text, id in ids.items()},
+        queries={f"q{number}": text for number, text in enumerate(relevant)},
+        qrels={f"q{number}": {ids[text]: 1 for text in texts} for number, texts in enumerate(relevant.values())},
+    )
 
 
 def _drawn(text: str, seed: int) -> bytes:
