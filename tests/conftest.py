@@ -30,6 +30,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from m3jax.model import M3
     from m3jax.tokenization import Tokenizer
 
 # Every call of the mathematics is checked against the shapes in its signature; before anything imports it.
@@ -80,6 +81,17 @@ def tiny_tokenizer(tiny_tokenizer_json: str) -> "Tokenizer":
     from m3jax.tokenization import Tokenizer  # here, as in all tests, after the hook
 
     return Tokenizer.from_json(tiny_tokenizer_json)
+
+
+@pytest.fixture
+def tiny_model(tiny_tokenizer: "Tokenizer") -> "M3":
+    """A tiny model of random weights."""
+    import jax
+
+    import m3jax
+
+    config = m3jax.M3Config.tiny(vocab_size=tiny_tokenizer.vocab_size)
+    return m3jax.M3(config, m3jax.init(config, jax.random.key(0)), tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

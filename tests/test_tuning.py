@@ -5,7 +5,7 @@ import pytest
 from scipy.sparse import random as random_matrix
 
 from m3jax.embeddings import Embeddings
-from train.evaluate import rank
+from train.evaluation import rank
 from train.tasks import Task, measure
 from train.tuning import DEFAULT, HYBRIDS, choose_weights, grid
 

@@ -1,6 +1,6 @@
 """Files that are read line by line with their place in every error, and files that are there only when they are whole.
 
-What a row must hold is said where it is used: data/rows.py, evaluate.py, results.py.
+What a row must hold is said where it is used: data/rows.py, tasks.py, results.py.
 """
 
 import gzip

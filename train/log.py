@@ -1,6 +1,6 @@
 """The numbers of a run as they come, kept twice: metrics.jsonl, which the report reads, and TensorBoard's event files.
 
-Not here: what the numbers are (meter.py, evaluate.py), and how they look (report.py).
+Not here: what the numbers are (meter.py, evaluation.py), and how they look (report.py).
 """
 
 import json

@@ -1,7 +1,7 @@
 """The story of a run: prepare → build → restore → (step, log, evaluate, save)* → release → report.
 
 Not here: what it starts from (start.py), what it would take (plan.py), what a step computes (step.py) and what is seen of it
-(meter.py), what a measure means (evaluate.py), how results look (report.py).
+(meter.py), what a measure means (evaluation.py), how results look (report.py).
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from train.checkpoints import Checkpoints
 from train.compiled import CompiledStep
 from train.console import describe, say
 from train.data.pipeline import prefetch
-from train.evaluate import Evaluation, evaluate
+from train.evaluation import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
 from train.flops import matrix_rate

@@ -1,6 +1,6 @@
 """What a run leaves behind: results.json and metrics.jsonl, their types, how they are checked and read.
 
-Nothing is measured or shown here (evaluate.py; tables.py, report.py).
+Nothing is measured or shown here (evaluation.py; tables.py, report.py).
 """
 
 import math

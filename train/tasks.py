@@ -1,6 +1,6 @@
 """What is asked of a model, and how its answer is measured: tasks and their folders, nDCG@10 and Recall@100.
 
-Not here: how passages are ranked (evaluate.py). What the metrics mean is pytrec_eval's.
+Not here: how passages are ranked (evaluation.py). What the metrics mean is pytrec_eval's.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

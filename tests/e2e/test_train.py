@@ -34,6 +34,7 @@ from tests.conftest import command_line
 from tests.small_run import FUNCTIONS, SIZES, TRAINING, small_config, write, write_set
 from train.example import worked_example
 from train.sub_batch import ONE_PASS
+from train.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ROOT = Path(__file__).parents[2]
@@ -407,7 +408,7 @@ def test_which_query_is_the_example(ran):
     m3 = m3jax.load(ran[0] / "model")
     queries = {"a.sw": "paris", "b.sw": "fox", "c.de": "cat", "d.xx": "dog"}
     judged = {"d.xx": {"p": 0}, "c.de": {"p": 1}, "b.sw": {"p": 1}, "a.sw": {"p": 0}}
-    task = train.evaluate.Task("task", {"p": "quick brown fox"}, queries, judged)
+    task = Task("task", {"p": "quick brown fox"}, queries, judged)
     runs = {"dense": {"b.sw": {"p": 0.5}, "c.de": {"p": 0.5}}}
     found = worked_example(m3, task, runs, "*.sw", "Swahili", lengths=(8, 8))
     # Queries without a relevant passage are not ranked: there is nothing to show of them.

@@ -108,7 +108,7 @@ join, calls = train.processes.join, []
 
 def joined(distributed):
     join(distributed)
-    import m3jax, train.evaluate
+    import m3jax, train.evaluation
     encode = m3jax.encode
 
     def slowly(*given, **how):
@@ -118,7 +118,7 @@ def joined(distributed):
         time.sleep(0.5)
         return encode(*given, **how)
 
-    m3jax.encode, train.evaluate._AT_ONCE = slowly, 1
+    m3jax.encode, train.evaluation._AT_ONCE = slowly, 1
 
 train.processes.join = joined
 """

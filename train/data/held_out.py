@@ -1,6 +1,6 @@
 """A part of the training rows held out: the rest as files of its own, and the part as a folder that measures.
 
-Not here: what a row must be (rows.py), and how a folder is measured (tasks.py, evaluate.py).
+Not here: what a row must be (rows.py), and how a folder is measured (tasks.py, evaluation.py).
 """
 
 import hashlib
