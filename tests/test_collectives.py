@@ -72,8 +72,10 @@ import jax
 import m3jax.xlm_roberta
 from configs import base
 from m3jax.sharding import make_mesh
-from tests.abstract_step import abstract_batch, abstract_state
+from m3jax.model import shapes
 from tests.test_collectives import MODEL
+from train.abstract import abstract_batch, abstract_state
+from train.data.streams import Shape
 from train.optimizer import make_optimizer
 from train.step import make_step
 from train.sub_batch import SubBatches
@@ -84,8 +86,8 @@ optimizer = make_optimizer(config)
 
 def write(name, *sizes):
     mesh = make_mesh(*sizes)
-    state = abstract_state(MODEL, optimizer, mesh)
-    batch = abstract_batch(mesh, queries=32, query_length=8, group=2, passage_length=24)
+    state = abstract_state(shapes(MODEL), optimizer, mesh)
+    batch = abstract_batch(Shape(32, 2, 8, 24), 1, mesh)
     with jax.set_mesh(mesh):
         step = make_step(MODEL, config, optimizer, mesh, state, SubBatches(2, 4))
         Path(sys.argv[1], name).write_text(step.lower(state, batch).compile().as_text())

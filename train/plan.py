@@ -8,22 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from m3jax.model import Params
-from m3jax.sharding import BATCH, make_mesh, shardings
+from m3jax.sharding import make_mesh
 from train import Config
+from train.abstract import abstract_batch, abstract_state
 from train.compiled import compile_step
 from train.console import describe, say
-from train.data.pipeline import Batch
-from train.data.streams import Stream
+from train.data.streams import Shape, Stream
 from train.flops import matrix_rate, step_flops
 from train.optimizer import make_optimizer
 from train.processes import rows_held
 from train.start import data_paths, read_rows, read_sets, start_batches, start_model, with_length_groups, with_steps
-from train.step import TrainState, make_step
+from train.step import make_step
 from train.tables import format_duration
 
 
@@ -42,14 +39,14 @@ def plan(config: Config) -> dict[str, Any]:
     config = with_steps(config, batches)
     say(describe(config, m3, len(source), mesh.size))
     optimizer, fixed = make_optimizer(config), FrozenConfigDict(config)
-    state = _abstract_state(m3.params, optimizer, mesh)
+    state = abstract_state(m3.params, optimizer, mesh)
     rounds = sum(stream.batches_a_round for stream in batches.streams)
     planned = []
     with jax.set_mesh(mesh):
         rate = matrix_rate(mesh, config.dtype)
         for group in dict.fromkeys(stream.group for stream in batches.streams):
             streams = [stream for stream in batches.streams if stream.group == group]
-            batch = _abstract_batch(streams, int(source.positives.max()), mesh)
+            batch = abstract_batch(_largest(streams), int(source.positives.max()), mesh)
             _, parts, memory = compile_step(
                 lambda sub_batches: make_step(m3.config, fixed, optimizer, mesh, state, sub_batches),
                 state,
@@ -101,41 +98,10 @@ def plan(config: Config) -> dict[str, Any]:
     return found
 
 
-def _abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """What `make_state` makes, as shapes with their places."""
-
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(tree, mesh)
-        )
-
-    whole = NamedSharding(mesh, PartitionSpec())
-    moments = jax.eval_shape(optimizer.init, params)
-    step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
-    return TrainState(placed(params), placed(moments), step)
-
-
-def _abstract_batch(streams: Sequence[Stream], positives: int, mesh: Mesh) -> Batch:
-    """The largest batch of the streams of a length group."""
-
-    def array(dtype: Any, *sizes: int) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, BATCH))
-
-    rows = streams[0].group.batch_size
-    group, query_length, passage_length = (
-        max(getattr(stream, size) for stream in streams) for size in ("group_size", "query_length", "passage_length")
-    )
-    return Batch(
-        query_ids=array(np.int32, rows, query_length),
-        query_mask=array(bool, rows, query_length),
-        passage_ids=array(np.int32, rows * group, passage_length),
-        passage_mask=array(bool, rows * group, passage_length),
-        passage_identity=array(np.uint32, rows * group, 2),
-        known_identity=array(np.uint32, rows, positives, 2),
-        passage_present=array(bool, rows * group),
-        own_group=array(bool, rows),
-        teacher_scores=array(np.float32, rows, group),
-    )
+def _largest(streams: Sequence[Stream]) -> Shape:
+    """Of the batches of the streams of a length group the sizes that hold them all."""
+    sizes = ("group_size", "query_length", "passage_length")
+    return Shape(streams[0].group.batch_size, *(max(getattr(stream, size) for stream in streams) for size in sizes))
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:

@@ -15,9 +15,10 @@ pytest.importorskip("optax", reason="training needs the train extra")
 from configs import base
 from m3jax.config import M3Config
 from m3jax.model import shapes
-from tests.abstract_step import abstract_batch, abstract_state
 from tests.collectives import activations, collectives
+from train.abstract import abstract_batch, abstract_state
 from train.compiled import bytes_of, fitting
+from train.data.streams import Shape
 from train.optimizer import make_optimizer
 from train.step import make_step
 
@@ -60,9 +61,9 @@ def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record
     if stage == "dense":
         config.functions = ("dense",)
     mesh, optimizer = tpu_mesh(chip, devices, **MESHES[devices]), make_optimizer(config)
-    state = abstract_state(MODEL, optimizer, mesh)
+    state = abstract_state(shapes(MODEL), optimizer, mesh)
     b, lq = queries(stage, devices, length), min(length, 512)
-    batch = abstract_batch(mesh, queries=b, query_length=lq, group=group, passage_length=length)
+    batch = abstract_batch(Shape(b, group, lq, length), 1, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         program, parts, used = fitting(
