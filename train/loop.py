@@ -24,6 +24,7 @@ from ml_collections import FrozenConfigDict
 
 import m3jax
 from m3jax.card import CARD
+from m3jax.config import M3Config
 from m3jax.model import M3, cast
 from m3jax.sharding import make_mesh
 from train import Config
@@ -152,7 +153,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
         "seconds": clock.seconds(whole=first == 0),
         "hardware": hardware(mesh),
         "versions": versions(),
-        "commands": _next_commands(config, run, data),
+        "commands": _next_commands(config, trained.config, run, data),
         "model": "model",
         "evaluations": [one.to_dict() | {"model": "trained"} for one in evaluations] + untrained,
         "example": example,
@@ -351,7 +352,7 @@ def _dev_scores(config: Config, m3: M3, dev: Task, look: Callable[[], None]) -> 
     return {f"dev/{function}/{metric}": value for function, of in scores.items() for metric, value in of.items()}
 
 
-def _next_commands(config: Config, run: Path, data: DataPaths) -> list[str]:
+def _next_commands(config: Config, sizes: M3Config, run: Path, data: DataPaths) -> list[str]:
     """Commands that work as they stand on what the run left: encode, measure and take along; of a model that had a parent,
     merge with it, which wins back what was forgotten, and serve."""
     model, quoted = run / "model", shlex.quote(str(run / "model"))
@@ -366,9 +367,10 @@ def _next_commands(config: Config, run: Path, data: DataPaths) -> list[str]:
     if not config.init_from or config.heads == "init":  # an encoder without heads is no parent to merge with
         return [*commands, f"python -m convert from-pytorch {quoted} {shlex.quote(str(run / 'orbax'))}"]
     parent, merged = shlex.quote(config.init_from), shlex.quote(str(run / "merged"))
-    return [
-        *commands,
-        f"python -m convert merge {quoted} {parent} --weights 0.5,0.5 {merged}",
-        f"vllm serve {quoted} --runner pooling --pooler-config.task embed "
-        """--hf-overrides '{"architectures": ["BgeM3EmbeddingModel"]}'  # more ways: """ + f"{model / CARD}",
-    ]
+    commands.append(f"python -m convert merge {quoted} {parent} --weights 0.5,0.5 {merged}")
+    if sizes.colbert_dim == sizes.hidden_size:  # vLLM knows no other; the card has the servers that do
+        commands.append(
+            f"vllm serve {quoted} --runner pooling --pooler-config.task embed "
+            """--hf-overrides '{"architectures": ["BgeM3EmbeddingModel"]}'  # more ways: """ + f"{model / CARD}"
+        )
+    return commands

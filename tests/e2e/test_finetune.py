@@ -76,6 +76,15 @@ def test_what_was_gained_and_forgotten_is_seen(small_data, parent, tmp_path, cap
     assert abs(merged - (ours + theirs) / 2).max() < 1e-6 < abs(ours - theirs).max()
 
 
+def test_no_server_is_named_that_could_not_read_the_model(small_data, parent, tmp_path):
+    config = tuned(small_data, parent, tmp_path)
+    sizes = m3jax.M3Config.tiny(colbert_dim=8, hidden_size=16, num_attention_heads=2)
+    paths = data_paths(config)
+    assert not any("vllm" in command for command in train.loop._next_commands(config, sizes, tmp_path, paths))
+    sizes = m3jax.M3Config.tiny(colbert_dim=16, hidden_size=16, num_attention_heads=2)
+    assert "vllm" in train.loop._next_commands(config, sizes, tmp_path, paths)[-1]
+
+
 def test_rounds_and_shares_that_no_run_can_have(small_data, parent, tmp_path):
     for change, said in (
         ({"steps": 3}, r"steps = 3 and epochs = 2\.0, of which one is to be above 0"),
