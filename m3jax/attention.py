@@ -13,11 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.kernels import cudnn, flash, splash
 
-# Rows up to this long are computed at once, longer ones head by head in blocks of queries. Two CPU cores, 12 heads of 64, one
-# row of 4096, microseconds a token in float32 and bfloat16, blocks of 64, 128, 256, 512: 169, 116, 121, 146 and 145, 106, 83,
-# 81; all heads at once in blocks of 128: 177 and 138.
+# Rows up to this long are computed at once, longer ones head by head in blocks of queries and keys. Two CPU cores, 12 heads of
+# 64, float32, one row of 4096 and of 7936 tokens, microseconds a token in blocks of 2048 × 512, 1024 × 256, 512 × 512, 256 ×
+# all: 85, 97, 98, 103 and 168, 190, 209, 257; with the gradient, whose blocks keep [queries, l], 560, 318, 460, 439 and 747,
+# 635, 950, 742.
 _WHOLE = 512
-_BLOCK = 256
+_BLOCKS = (2048, 512)
+_GRADIENT_BLOCKS = (1024, 256)
 # Added to the scores of tokens that are not to be seen. Finite: a row of padding gets a mean instead of NaN.
 _UNSEEN = -1e30
 
@@ -35,7 +37,7 @@ def attention(
 
     Scores and softmax are float32 whatever the inputs are; the result has q's dtype. packed: rows may hold several texts; False
     promises one text a row, from column 0 on, for which GPUs have a faster kernel. TPU: splash, for lengths that 128 divides.
-    GPU: cuDNN, or for packed rows that 64 divides Pallas, both for halves. All else: blocks of queries, in JAX.
+    GPU: cuDNN, or for packed rows that 64 divides Pallas, both for halves. All else: blocks of queries and keys, in JAX.
     """
     backend = platform()
     if backend == "tpu" and q.shape[1] % 128 == 0:
@@ -68,36 +70,83 @@ def _gpu_has_kernels() -> bool:
 
 
 def _chunked(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    if q.shape[1] <= _WHOLE:
+        return attend(q, k, v, _seen(segments, segments))
+    return _blockwise(q, k, v, segments)
+
+
+@jax.custom_vjp
+def _blockwise(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    """For long rows. Its own gradient, because that is faster in other blocks, and because a layer that is computed again need
+    not attend again: `KEPT` of xlm_roberta.py knows a result by custom_vjp."""
+    return _head_by_head(q, k, v, segments, _BLOCKS)
+
+
+def _blockwise_forward(*given: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _blockwise(*given), given
+
+
+def _blockwise_backward(given: tuple[Array, ...], gradient: Array) -> tuple[Any, ...]:
+    q, k, v, segments = given
+    pull = jax.vjp(lambda q, k, v: _head_by_head(q, k, v, segments, _GRADIENT_BLOCKS), q, k, v)[1]
+    return *pull(gradient), None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _head_by_head(q: Array, k: Array, v: Array, segments: Array, sizes: tuple[int, int]) -> Array:
+    """Attention in equal blocks of at most so many queries and keys."""
     length = q.shape[1]
-    if length <= _WHOLE:
-        return _attend(q, k, v, segments, segments)
-    blocks = -(-length // _BLOCK)
-    fill = blocks * _BLOCK - length
-
-    def in_blocks(x: Array) -> Array:  # [b, l, …] → [blocks, b, _BLOCK, …], filled up with segment 0
-        x = jnp.pad(x, ((0, 0), (0, fill), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(-1, blocks, _BLOCK, *x.shape[2:]).swapaxes(0, 1)
-
-    query_segments = in_blocks(segments)
+    of_queries, of_keys = (-(-length // -(-length // size)) for size in sizes)
+    own, others = _in_blocks(segments, of_queries), _in_blocks(segments, of_keys)
 
     def one_head(qkv: tuple[Array, Array, Array]) -> Array:
-        q1, k1, v1 = (x[:, :, None] for x in qkv)  # [b, l, 1, k]
+        q, k, v = qkv  # [b, l, k]
+        keys = (_in_blocks(k, of_keys), _in_blocks(v, of_keys), others)
 
         # Checkpointed: the backward pass computes a block's weights again instead of keeping l × l of them.
         @jax.checkpoint
         def one_block(block: tuple[Array, Array]) -> Array:
-            return _attend(block[0], k1, v1, block[1], segments)[:, :, 0]
+            return _one_block(block[0], block[1], keys)
 
-        return jax.lax.map(one_block, (in_blocks(q1), query_segments))  # [blocks, b, _BLOCK, k]
+        return jax.lax.map(one_block, (_in_blocks(q, of_queries), own))  # [blocks, b, queries, k]
 
-    out = jax.lax.map(one_head, tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v)))  # [h, blocks, b, _BLOCK, k]
-    heads, _, batch, _, width = out.shape
-    return out.transpose(2, 1, 3, 0, 4).reshape(batch, blocks * _BLOCK, heads, width)[:, :length]
+    by_head = jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0)
+    out = jax.lax.map(one_head, by_head)  # [h, blocks, b, queries, k]
+    return out.transpose(2, 1, 3, 0, 4).reshape(len(q), -1, *q.shape[2:])[:, :length]
 
 
-def _attend(q: Array, k: Array, v: Array, query_segments: Array, key_segments: Array) -> Array:
-    """One block of queries against all keys."""
-    return attend(q, k, v, (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0))
+def _one_block(q: Array, own: Array, keys: tuple[Array, Array, Array]) -> Array:
+    """One head's block of queries against all keys, block by block, with a running maximum and sum, which are scaled again
+    where a higher score comes (Rabe & Staats 2021, arXiv:2112.05682)."""
+
+    def add(
+        sums: tuple[Array, Array, Array], block: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array, Array], None]:
+        (highest, total, mixed), (k, v, others) = sums, block
+        scores = jnp.einsum("blk,bmk->blm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores += jnp.where(_seen(own, others), 0.0, _UNSEEN)
+        higher = jax.lax.stop_gradient(jnp.maximum(highest, scores.max(axis=-1)))
+        weights, before = jnp.exp(scores - higher[..., None]), jnp.exp(highest - higher)
+        more = jnp.einsum("blm,bmk->blk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (higher, before * total + weights.sum(axis=-1), before[..., None] * mixed + more), None
+
+    nothing = (jnp.full(own.shape, -jnp.inf), jnp.zeros(own.shape), jnp.zeros(q.shape))
+    (_, total, mixed), _ = jax.lax.scan(add, nothing, keys)
+    return (mixed / total[..., None]).astype(q.dtype)
+
+
+def _in_blocks(x: Array, size: int) -> Array:
+    """[b, l, …] → [blocks, b, size, …], filled up with zeros, segments with padding."""
+    blocks = -(-x.shape[1] // size)
+    x = jnp.pad(x, ((0, 0), (0, blocks * size - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(-1, blocks, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _seen(own: Int[Array, "b l"], others: Int[Array, "b m"]) -> Bool[Array, "b l m"]:
+    """Which of the keys each query sees, by their segments."""
+    return (own[:, :, None] == others[:, None, :]) & (others[:, None, :] > 0)
 
 
 def attend(

@@ -28,7 +28,7 @@ KEPT = {
     "all_but_products": _products,
     "all": None,
 }
-# The forward kernels of attention, whose backward kernels take what they give: as JAX names splash's, Pallas's and cuDNN's.
+# Attention with a gradient of its own: as JAX names splash's, Pallas's, cuDNN's, and that of long rows on CPU (custom_vjp).
 _ATTENTION = {"pallas_call", "custom_vjp_call", "dot_product_attention_fwd_wrapper"}
 
 

@@ -53,10 +53,18 @@ def test_naive_softmax(length):
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("length", [5, 12])
-def test_blocks_equal_the_whole(length, monkeypatch):
+@pytest.fixture(params=["whole", "in blocks"])
+def blocks(request, monkeypatch):
+    """Short rows computed at once, and as long ones are."""
+    if request.param == "in blocks":
+        monkeypatch.setattr(m3jax.attention, "_WHOLE", 0)
+        monkeypatch.setattr(m3jax.attention, "_BLOCKS", (4, 3))
+        monkeypatch.setattr(m3jax.attention, "_GRADIENT_BLOCKS", (3, 5))
+
+
+@pytest.mark.parametrize("length", [2, 5, 12])
+def test_values_and_gradients_are_those_of_the_full_array(length, blocks):
     q, k, v, segments = inputs(length, batch=3, width=3)
-    monkeypatch.setattr(m3jax.attention, "_BLOCK", 4)
     seed = np.random.default_rng(1).normal(size=q.shape) * (segments > 0)[..., None, None]
 
     def total(attend):
@@ -69,9 +77,7 @@ def test_blocks_equal_the_whole(length, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("block", [4, 512])
-def test_packed_texts_and_padding_see_only_themselves(block, monkeypatch):
-    monkeypatch.setattr(m3jax.attention, "_BLOCK", block)
+def test_packed_texts_and_padding_see_only_themselves(blocks):
     q, k, v, segments = inputs(10)
     attend = jax.jit(lambda q, k, v: attention(q, k, v, segments))
     before = np.asarray(attend(q, k, v))
@@ -83,9 +89,7 @@ def test_packed_texts_and_padding_see_only_themselves(block, monkeypatch):
             np.testing.assert_allclose(after[own], before[own], rtol=1e-6)
 
 
-@pytest.mark.parametrize("block", [4, 512])
-def test_padding_has_no_gradient_and_no_nan(block, monkeypatch):
-    monkeypatch.setattr(m3jax.attention, "_BLOCK", block)
+def test_padding_has_no_gradient_and_no_nan(blocks):
     q, k, v, segments = inputs(10)
     segments[1] = 0  # a row of padding only
     segments[0, 7:] = 0
@@ -123,8 +127,8 @@ def test_memory_is_linear_in_length():
     grad = jax.grad(lambda q, k, v, s: attention(q, k, v, s).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     jaxpr = jax.make_jaxpr(grad)(x, x, x, segments).jaxpr
     live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    # One block of scores of one head, not 8192 × 8192.
-    assert max(map(math.prod, array_shapes(live))) == 256 * 8192
+    # The scores of one head's block of queries, not 8192 × 8192.
+    assert max(map(math.prod, array_shapes(live))) == 1024 * 8192
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,16 @@ def test_remat_of_elements_keeps_what_the_kernel_of_attention_gave(monkeypatch):
     assert kernels[1] == kernels[0] + 1, kernels
 
 
+def test_remat_of_elements_keeps_what_attention_gave_for_long_rows_on_cpu():
+    config = M3Config.tiny(num_hidden_layers=1, max_position_embeddings=602, **SIZES)
+    params, ids = random_params(config), jax.ShapeDtypeStruct((1, 600), jnp.int32)
+    loops = []
+    for remat in ("elements", "all_but_products"):
+        gradient = jax.grad(lambda p, *given, remat=remat: encode(p, *given, config, remat=remat).sum())
+        loops.append(str(jax.make_jaxpr(gradient)(params, ids, ids, ids)).count("scan["))
+    assert loops[1] > loops[0], loops
+
+
 def products_with_weights(jaxpr):
     """The matrix products of a jaxpr and of those inside it that have no batch dimensions, as attention's have."""
     for eqn in jaxpr.eqns:
