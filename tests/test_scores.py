@@ -66,7 +66,17 @@ def test_values_of_the_naive_loops():
     assert (expected["sparse"] > 0).mean() > 0.5  # else this shows nothing
 
 
-@pytest.mark.parametrize("elements", [4 * 7 * 9 * 2, 1 << 24])
+@pytest.mark.parametrize("elements", [1, 1 << 24])
+def test_of_equally_near_tokens_the_first_has_the_gradient(elements, monkeypatch):
+    monkeypatch.setattr(m3jax.scores, "_BLOCK_ELEMENTS", elements)
+    queries, passages = jnp.ones((1, 1, 2)), jnp.ones((1, 3, 2)).at[0, 0].set(0)
+    given = jax.grad(lambda p: colbert_scores(queries, jnp.ones((1, 1), bool), p, jnp.ones((1, 3), bool)).sum())(
+        passages
+    )
+    assert given[0].tolist() == [[0, 0], [1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize("elements", [1, 4 * 7 * 2, 4 * 7 * 9 * 2, 1 << 24])
 def test_gradients_of_the_full_arrays_at_any_block_size(elements, monkeypatch):
     monkeypatch.setattr(m3jax.scores, "_BLOCK_ELEMENTS", elements)
     queries, passages = both(2)
@@ -292,17 +302,20 @@ def test_no_array_holds_all_tokens_of_all_pairs():
         jax.value_and_grad(loss, argnums=(0, 1)), differentiable(queries), differentiable(passages), queries, passages
     )
     assert max(map(math.prod, made)) == 384 * 512 * 1024  # the gradient of the passages' vectors
-    blocks = [math.prod(shape) for shape in made if {48, 512} <= set(shape) and 1024 not in shape]
-    assert max(blocks) <= max(m3jax.scores._BLOCK_ELEMENTS, 48 * 512 * 512)  # one passage at the least
+    nearest = (384, 1, 48, 512)
+    assert nearest in made  # which token of each passage
+    blocks = [math.prod(shape) for shape in made - {nearest} if {48, 512} <= set(shape) and 1024 not in shape]
+    assert max(blocks) <= m3jax.scores._BLOCK_ELEMENTS + 48 * 512  # parts of a passage's tokens, to the next token
 
 
 EIGHT = """
+import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding
 from m3jax import scores
 from m3jax.sharding import BATCH, make_mesh
 
-scores._BLOCK_ELEMENTS = 1 << 16
+scores._BLOCK_ELEMENTS = int(sys.argv[1])
 Q, P, I, J, C = 16, 512, 8, 32, 64
 shapes = ((Q, I, C), (P, J, C))
 
@@ -329,9 +342,12 @@ print(used / passages)
 """
 
 
-def test_a_device_never_holds_the_token_vectors_of_all():
+@pytest.mark.parametrize("elements", [1 << 16, 1 << 10], ids=["sixteen passages at once", "a quarter of one"])
+def test_a_device_never_holds_the_token_vectors_of_all(elements):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", EIGHT], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT, str(elements)], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
