@@ -34,8 +34,8 @@ def free_address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start_training(settings, *, devices=1, first="", stderr=subprocess.PIPE):
-    """The process that trains with `settings`, keys of configs/base.py and values, after the statement `first`.
+def start_training(settings, *, config="base", devices=1, first="", stderr=subprocess.PIPE):
+    """The process that trains with `settings`, keys of the config of that name and values, after the statement `first`.
 
     XLA leaves most optimisations out: half the time, and the same mathematics.
     """
@@ -46,10 +46,30 @@ def start_training(settings, *, devices=1, first="", stderr=subprocess.PIPE):
     }
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     return subprocess.Popen(
-        [sys.executable, "-c", _MAIN.format(first), "--config=configs/base.py", *flags],
+        [sys.executable, "-c", _MAIN.format(first), f"--config=configs/{config}.py", *flags],
         cwd=ROOT,
         env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
     )
+
+
+def train_on_two(settings, *, config="base", first="", code=0):
+    """What two processes of two devices each say that train together, as `start_training` starts them, and that end with the
+    code."""
+    address = free_address()
+    processes = [
+        start_training(
+            settings | {"distributed": f"{address},2,{index}"},
+            config=config,
+            devices=2,
+            first=first.format(index=index),
+        )
+        for index in (0, 1)
+    ]
+    done = [process.communicate(timeout=600) for process in processes]
+    for process, (out, error) in zip(processes, done, strict=True):
+        assert process.returncode == code, out[-2000:] + error[-3000:]
+    # Gloo, which carries what CPUs send each other, says on stdout that it is there.
+    return ["".join(line for line in out.splitlines(True) if "peer ranks" not in line) for out, _ in done]

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("optax", reason="training needs the train extra")
 
+from m3jax import retromae
 from m3jax.config import M3Config
 from m3jax.model import shapes
 from tests.collectives import Collective, activations, collectives, gradients
@@ -21,6 +22,7 @@ MODEL = M3Config.tiny(
     num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=2, vocab_size=104, colbert_dim=16
 )
 PARAMETERS = [x.shape for x in jax.tree.leaves(shapes(MODEL))]
+OF_STAGE_1 = [x.shape for x in jax.tree.leaves(retromae.shapes(MODEL))]
 LEAST = 2 * 8 * 64  # numbers: a device has 2 queries of 8 tokens in a sub-batch, and 2 passages of 24
 
 TEXT = """
@@ -71,10 +73,12 @@ from pathlib import Path
 import jax
 import m3jax.xlm_roberta
 from configs import base
+from m3jax import retromae
 from m3jax.sharding import make_mesh
 from m3jax.model import shapes
 from tests.test_collectives import MODEL
-from train.abstract import abstract_batch, abstract_state
+from train import reconstruction
+from train.abstract import abstract_batch, abstract_state, abstract_texts
 from train.data.streams import Shape
 from train.optimizer import make_optimizer
 from train.step import make_step
@@ -92,9 +96,18 @@ def write(name, *sizes):
         step = make_step(MODEL, config, optimizer, mesh, state, SubBatches(2, 4))
         Path(sys.argv[1], name).write_text(step.lower(state, batch).compile().as_text())
 
+def write_stage_1(name, *sizes):
+    mesh = make_mesh(*sizes)
+    state, batch = abstract_state(retromae.shapes(MODEL), optimizer, mesh), abstract_texts(64, 24, mesh)
+    with jax.set_mesh(mesh):
+        step = reconstruction.make_step(MODEL, 4, config, optimizer, mesh, state, SubBatches(texts=4))
+        Path(sys.argv[1], name).write_text(step.lower(state, batch).compile().as_text())
+
 write("data", 8, 1)
 write("fsdp", 1, 8)
 write("both", 2, 4)
+write_stage_1("stage 1, data", 8, 1)
+write_stage_1("stage 1, fsdp", 1, 8)
 m3jax.xlm_roberta.constrain = lambda x, spec: x
 write("left alone", 1, 8)
 """
@@ -127,6 +140,14 @@ def test_with_fsdp_they_send_what_they_look_up_in_tables_and_nothing_within_the_
     found = activations(programs[mesh], PARAMETERS, LEAST)
     assert {(one.kind, one.loops) for one in found} == {("all-to-all", 1)}
     assert sorted(sum(map(math.prod, one.arrays)) for one in found) == [2 * 8 * 64] * 3 + [2 * 24 * 64] * 3
+
+
+def test_in_stage_1_too(programs):
+    """A part's embeddings, of what the encoder and the decoder read: forward, when they are computed again, and backward."""
+    assert activations(programs["stage 1, data"], OF_STAGE_1, LEAST) == []
+    found = activations(programs["stage 1, fsdp"], OF_STAGE_1, LEAST)
+    assert {(one.kind, one.loops) for one in found} == {("all-to-all", 1)}
+    assert [sum(map(math.prod, one.arrays)) for one in found] == [2 * 24 * 64] * 11
 
 
 def test_left_alone_the_compiler_sends_them_within_the_layers(programs):

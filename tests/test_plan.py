@@ -14,7 +14,7 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 pytest.importorskip("optax", reason="training needs the train extra")
 
 import m3jax
-import train.loop
+import train.contrastive
 import train.main as program
 import train.plan
 import train.start
@@ -55,7 +55,7 @@ def planned_and_said(config):
         contextlib.redirect_stdout(io.StringIO()) as said,
     ):
         patch.setattr(train.start, "init", lambda *_: pytest.fail("parameters were made"))
-        patch.setattr(train.loop, "plan", lambda config: found.update(train.plan.plan(config)))
+        patch.setattr(train.contrastive, "plan", lambda config: found.update(train.plan.plan(config)))
         program.main(program.parse(arguments))
     return found, said.getvalue()
 
@@ -135,7 +135,7 @@ def test_the_run_and_the_plan_encode_in_the_same_sub_batches(small_data, tmp_pat
         flops = step_flops(model, *(np.full(*side) for side in sides), sub_batches=parts)
         assert (group["encoder_flops"], group["colbert_flops"]) == pytest.approx(tuple(flops))
     encoded.clear()
-    train.loop.train(config)
+    train.contrastive.train(config)
     assert encoded == expected
 
 
@@ -176,9 +176,9 @@ def test_it_leaves_no_run(planned_and_said, config):
 
 def test_a_plan_refuses_what_the_run_would(small_data, tmp_path):
     with pytest.raises(ValueError, match="rows, fewer than its batch_size 13"):
-        train.loop.train(small_config(small_data, tmp_path / "run", plan_only=True, length_groups=((16, 13),)))
+        train.contrastive.train(small_config(small_data, tmp_path / "run", plan_only=True, length_groups=((16, 13),)))
     with pytest.raises(ValueError, match="learning_rate"):
-        train.loop.train(small_config(small_data, tmp_path / "run", plan_only=True, learning_rate=-1.0))
+        train.contrastive.train(small_config(small_data, tmp_path / "run", plan_only=True, learning_rate=-1.0))
     assert not (tmp_path / "run").exists()
 
 

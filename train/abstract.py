@@ -14,6 +14,7 @@ from m3jax.model import Params
 from m3jax.sharding import BATCH, shardings
 from train.data.pipeline import Batch
 from train.data.streams import Shape
+from train.data.texts import TextBatch
 from train.step import TrainState
 
 
@@ -33,18 +34,24 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
 def abstract_batch(shape: Shape, positives: int, mesh: Mesh) -> Batch:
     """A batch of this shape, of rows with up to so many positives."""
 
-    def array(dtype: Any, *sizes: int) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, BATCH))
-
     rows, group, query_length, passage_length = shape
     return Batch(
-        query_ids=array(np.int32, rows, query_length),
-        query_mask=array(bool, rows, query_length),
-        passage_ids=array(np.int32, rows * group, passage_length),
-        passage_mask=array(bool, rows * group, passage_length),
-        passage_identity=array(np.uint32, rows * group, 2),
-        known_identity=array(np.uint32, rows, positives, 2),
-        passage_present=array(bool, rows * group),
-        own_group=array(bool, rows),
-        teacher_scores=array(np.float32, rows, group),
+        query_ids=_rows(mesh, np.int32, rows, query_length),
+        query_mask=_rows(mesh, bool, rows, query_length),
+        passage_ids=_rows(mesh, np.int32, rows * group, passage_length),
+        passage_mask=_rows(mesh, bool, rows * group, passage_length),
+        passage_identity=_rows(mesh, np.uint32, rows * group, 2),
+        known_identity=_rows(mesh, np.uint32, rows, positives, 2),
+        passage_present=_rows(mesh, bool, rows * group),
+        own_group=_rows(mesh, bool, rows),
+        teacher_scores=_rows(mesh, np.float32, rows, group),
     )
+
+
+def abstract_texts(rows: int, length: int, mesh: Mesh) -> TextBatch:
+    """A batch of stage 1."""
+    return TextBatch(_rows(mesh, np.int32, rows, length), _rows(mesh, bool, rows, length))
+
+
+def _rows(mesh: Mesh, dtype: Any, *sizes: int) -> Any:
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, BATCH))

@@ -1,6 +1,6 @@
 """`python -m train.main --config configs/quickstart.py`: one training run from its configuration.
 
-Not here: what a run does (loop.py) and what its keys mean (configs/base.py).
+Not here: what a run does (contrastive.py, pretrain.py) and what its keys mean (configs/base.py).
 """
 
 import os
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
         log = Path(os.devnull) if config.plan_only else Path(config.output, log_file())
         log.parent.mkdir(parents=True, exist_ok=True)
         with libraries_to(log):
-            from train.loop import train
+            from train.contrastive import train
             from train.preemption import EXIT_CODE, Stopped
             from train.pretrain import pretrain
 

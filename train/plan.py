@@ -1,6 +1,6 @@
 """What a run would take, before it is paid for: rows, lengths, batches, memory, work, time and disk, and no parameter made.
 
-Not here: the run (loop.py), and the formula of the work (flops.py).
+Not here: the run (contrastive.py), and the formula of the work (flops.py).
 """
 
 from collections.abc import Mapping, Sequence

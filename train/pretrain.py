@@ -177,7 +177,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
         "losses": losses,
     }
     write_json(run / "results.json", results)
-    from train.report import write_report  # here as in loop.py: it imports matplotlib
+    from train.report import write_report  # here as in contrastive.py: it imports matplotlib
 
     report = write_report(run)
     took = f" after going on from step {first}" if first else ""

@@ -28,6 +28,34 @@ from train.sub_batch import ONE_PASS, SubBatches, sum_in
 _MEASURED_TOKENS = 8192
 
 
+def loss_and_parts(
+    model: M3Config,
+    mask_id: int,
+    config: Config,
+    params: Params,
+    batch: Any,
+    key: jax.Array,
+    sub_batches: SubBatches = ONE_PASS,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of stage 1 on one global batch, and as measures its two parts and the work that it took.
+
+    batch: a `TextBatch` of device arrays.
+    """
+    each = targets(model, batch.ids, batch.mask, config.encoder_mask)
+    total = Targets(each.encoder.sum(), each.decoder.sum())
+    keys = jax.random.split(key, len(batch.ids))
+
+    def part(ids: jax.Array, mask: jax.Array, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # Cast in here: what the parts give to the gradient of a parameter is summed in float32.
+        ours = cast_kernels(params, config.dtype)
+        shares = _shares(config, mask_id)
+        return losses(model, ours, ids, mask, keys, total, dropout=config.dropout, remat=config.remat, **shares)
+
+    value, parts = sum_in(sub_batches.texts, part, batch.ids, batch.mask, keys)
+    measures = {"loss": value} | {f"loss/{name}": of for name, of in parts.items()}
+    return value, measures | work(model, batch, total)
+
+
 def make_step(
     model: M3Config,
     mask_id: int,
@@ -40,28 +68,7 @@ def make_step(
     """The jitted step for states placed like `state`, whose buffers it takes over."""
 
     def loss(params: Params, batch: Any, done: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        each = targets(model, batch.ids, batch.mask, config.encoder_mask)
-        total = Targets(each.encoder.sum(), each.decoder.sum())
-        keys = jax.random.split(key, len(batch.ids))
-
-        def part(ids: jax.Array, mask: jax.Array, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-            # Cast in here: what the parts give to the gradient of a parameter is summed in float32.
-            ours = cast_kernels(params, config.dtype)
-            return losses(
-                model,
-                ours,
-                ids,
-                mask,
-                keys,
-                total,
-                dropout=config.dropout,
-                remat=config.remat,
-                **_shares(config, mask_id),
-            )
-
-        value, parts = sum_in(sub_batches.texts, part, batch.ids, batch.mask, keys)
-        measures = {"loss": value} | {f"loss/{name}": of for name, of in parts.items()}
-        return value, measures | work(model, batch, total)
+        return loss_and_parts(model, mask_id, config, params, batch, key, sub_batches)
 
     return step_on(loss, config, optimizer, mesh, state)
 

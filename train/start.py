@@ -1,6 +1,6 @@
 """What a run starts from, checked: its settings, the sets that measure it, the model, its rows and their batches.
 
-Not here: how rows are kept and drawn (data/), and the run itself (loop.py).
+Not here: how rows are kept and drawn (data/), and the run itself (contrastive.py).
 """
 
 import functools

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import m3jax
-import train.loop
+import train.contrastive
 import train.pretrain
 from configs import dense, retromae, unified
 from tests.small_run import SIZES, TRAINING, write
@@ -40,11 +40,11 @@ def test_each_stage_starts_from_the_one_before(small_data, tmp_path):
         "data.test": str(small_data / "test"),
     }
     second = stage(dense.get_config(), small_data, tmp_path / "2", init_from=str(tmp_path / "1" / "model"), **of_rows)
-    results = train.loop.train(second)
+    results = train.contrastive.train(second)
     assert {*results["evaluations"][0]["scores"]} == {"bm25", "dense"}
     third = stage(unified.get_config(), small_data, tmp_path / "3", init_from=str(tmp_path / "2" / "model"), **of_rows)
     third.update(group_size=2, distill_start=2)
-    results = train.loop.train(third)
+    results = train.contrastive.train(third)
     assert "all" in results["evaluations"][0]["scores"]
 
     models = [m3jax.load(tmp_path / name / "model", heads="init" if name == "1" else "require") for name in "123"]

@@ -10,7 +10,7 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 pytest.importorskip("optax", reason="training needs the train extra")
 
 import m3jax
-import train.loop
+import train.contrastive
 from configs import finetune
 from tests.random_model import random_model
 from tests.small_run import SIZES, TRAINING
@@ -39,7 +39,7 @@ def tuned(small_data, parent, output, **changes):
 
 def test_what_was_gained_and_forgotten_is_seen(small_data, parent, tmp_path, capsys):
     config = tuned(small_data, parent, tmp_path, **{"data.test": str(small_data / "test")})
-    results = train.loop.train(config)
+    results = train.contrastive.train(config)
     rows = [json.loads(line) for line in (small_data / "train.jsonl").read_text().splitlines()]
     queries = {row["query"] for row in rows}
     paths = data_paths(config)
@@ -80,9 +80,9 @@ def test_no_server_is_named_that_could_not_read_the_model(small_data, parent, tm
     config = tuned(small_data, parent, tmp_path)
     sizes = m3jax.M3Config.tiny(colbert_dim=8, hidden_size=16, num_attention_heads=2)
     paths = data_paths(config)
-    assert not any("vllm" in command for command in train.loop._next_commands(config, sizes, tmp_path, paths))
+    assert not any("vllm" in command for command in train.contrastive._next_commands(config, sizes, tmp_path, paths))
     sizes = m3jax.M3Config.tiny(colbert_dim=16, hidden_size=16, num_attention_heads=2)
-    assert "vllm" in train.loop._next_commands(config, sizes, tmp_path, paths)[-1]
+    assert "vllm" in train.contrastive._next_commands(config, sizes, tmp_path, paths)[-1]
 
 
 def test_rounds_and_shares_that_no_run_can_have(small_data, parent, tmp_path):
@@ -92,4 +92,4 @@ def test_rounds_and_shares_that_no_run_can_have(small_data, parent, tmp_path):
         ({"data.held_out": 1.0}, r"data\.held_out = 1\.0, expected from 0 to below 1"),
     ):
         with pytest.raises(ValueError, match=said):
-            train.loop.train(tuned(small_data, parent, tmp_path, **change))
+            train.contrastive.train(tuned(small_data, parent, tmp_path, **change))

@@ -1,4 +1,4 @@
-"""Whole runs of train.loop on rows and evaluation folders of a few lines: what they leave and go on from.
+"""Whole runs of train.contrastive on rows and evaluation folders of a few lines: what they leave and go on from.
 
 Not here: what a run refuses to start with (test_train_refusals.py), the parts of a run, each of which has its own file, and how
 well anything is learnt.
@@ -26,10 +26,12 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 
 import convert.__main__
 import m3jax
+import train.contrastive
 import train.data.cldr
 import train.evaluate
 import train.loop
 import train.main as program
+import train.step
 from tests.conftest import command_line
 from tests.small_run import FUNCTIONS, SIZES, TRAINING, small_config, write, write_set
 from train.example import worked_example
@@ -60,7 +62,7 @@ class Steps:
 
     def __init__(self):
         self._compiled = {}
-        self._make = train.loop.make_step
+        self._make = train.contrastive.make_step
         self.before = lambda state: state
 
     def make(self, model, config, optimizer, mesh, state, sub_batches):
@@ -75,7 +77,7 @@ class Steps:
 def all_steps():
     with pytest.MonkeyPatch.context() as patch:
         steps = Steps()
-        patch.setattr(train.loop, "make_step", steps.make)
+        patch.setattr(train.contrastive, "make_step", steps.make)
         # What it does is in test_compiled.py; here nothing is compiled ahead of its arguments.
         patch.setattr(train.loop, "CompiledStep", lambda make, **options: make(ONE_PASS))
         yield steps
@@ -91,7 +93,7 @@ def steps(all_steps):
 def ran(configured, tmp_path_factory, all_steps):
     """The directory and the results of a run that nothing disturbs."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    return run, train.loop.train(configured(run))
+    return run, train.contrastive.train(configured(run))
 
 
 def metrics(run, *, timeless=False):
@@ -213,7 +215,7 @@ def test_the_card_says_what_the_results_say(ran):
 
 def test_what_a_person_sees(ran, configured, capfd):
     run, _ = ran
-    train.loop.train(configured(run, steps=4))
+    train.contrastive.train(configured(run, steps=4))
     shown = capfd.readouterr().out
     for part in ("tiny: M3(1 layers × 16", "12 rows of", "going on after step 4", "BM25", "Query (Swahili)", str(run)):
         assert part in shown
@@ -240,13 +242,13 @@ def test_a_finished_run_trains_no_more(ran, configured, steps, monkeypatch):
     kept = files(run / "model") | files(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()}
     steps.before = lambda state: pytest.fail("a step of a finished run")
     measured = []
-    evaluate = train.loop.evaluate
+    evaluate = train.contrastive.evaluate
     monkeypatch.setattr(
-        train.loop,
+        train.contrastive,
         "evaluate",
         lambda m3, task, **options: (measured.append(task.name), evaluate(m3, task, **options))[1],
     )
-    again = train.loop.train(configured(run))
+    again = train.contrastive.train(configured(run))
     assert files(run / "model") | files(run / "checkpoints") | {"metrics": (run / "metrics.jsonl").read_bytes()} == kept
     assert without_times(again) == without_times(results)
     assert measured == ["test", "test-unseen"]  # the untrained model is not measured a second time
@@ -254,7 +256,7 @@ def test_a_finished_run_trains_no_more(ran, configured, steps, monkeypatch):
 
 def test_other_test_sets_are_measured_untrained_too(ran, configured, small_data, tmp_path):
     run = shutil.copytree(ran[0], tmp_path / "run")
-    results = train.loop.train(configured(run, **{"data.test": str(small_data / "test-unseen")}))
+    results = train.contrastive.train(configured(run, **{"data.test": str(small_data / "test-unseen")}))
     found = [(one["name"], one["model"]) for one in results["evaluations"]]
     assert found == [("test-unseen", "trained"), ("test-unseen", "untrained")]
     assert results["evaluations"] == [one for one in ran[1]["evaluations"] if one["name"] == "test-unseen"]
@@ -263,7 +265,7 @@ def test_other_test_sets_are_measured_untrained_too(ran, configured, small_data,
     before = judged.read_text()
     judged.write_text(before.replace('"p0"', '"p7"'))
     try:
-        again = train.loop.train(configured(run, **{"data.test": str(small_data / "test-unseen")}))
+        again = train.contrastive.train(configured(run, **{"data.test": str(small_data / "test-unseen")}))
     finally:
         judged.write_text(before)
     assert [one["scores"] for one in again["evaluations"]] != [one["scores"] for one in results["evaluations"]]
@@ -282,12 +284,12 @@ def test_an_interrupted_run_goes_on(ran, configured, steps, tmp_path, at):
 
     steps.before = interrupt
     with pytest.raises(KeyboardInterrupt):
-        train.loop.train(configured(tmp_path / "run"))
+        train.contrastive.train(configured(tmp_path / "run"))
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not left & {"model", "results.json", "report.html"}
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2"}
     steps.before = lambda state: state
-    resumed = train.loop.train(configured(tmp_path / "run"))
+    resumed = train.contrastive.train(configured(tmp_path / "run"))
     assert files(tmp_path / "run" / "model") == files(run / "model")
     assert without_times(resumed) == without_times(results)
     in_order = sorted(metrics(run, timeless=True), key=lambda row: (row["step"], "loss" in row))
@@ -304,7 +306,7 @@ def test_datasets_types_and_a_teacher(small_data, configured, tmp_path):
         **{"objective": "v1", "teacher": "sequential", "shuffle_segments": 0.5, "steps": 6, "distill_start": 0},
     }
     with pytest.warns(UserWarning, match="12 of 20 rows have no pos_scores"):
-        results = train.loop.train(configured(tmp_path / "run", **changes))
+        results = train.contrastive.train(configured(tmp_path / "run", **changes))
     assert results["rows"] == 20
     rows = metrics(tmp_path / "run")
     names = ("dense", "sparse", "colbert", "hybrid")
@@ -318,7 +320,7 @@ def test_datasets_types_and_a_teacher(small_data, configured, tmp_path):
     for setting in ("objective", "teacher", "weights", "same_dataset", "shuffle_segments"):
         assert setting in card
     with pytest.raises(ValueError, match=r"weights was \[1.0, 3.0\], is \[1.0, 2.0\]"):
-        train.loop.train(configured(tmp_path / "run", **changes | {"data.weights": (1.0, 2.0)}))
+        train.contrastive.train(configured(tmp_path / "run", **changes | {"data.weights": (1.0, 2.0)}))
 
 
 # Texts that are cut elsewhere are other data: rows may move to other length groups.
@@ -336,7 +338,7 @@ def test_a_run_does_not_go_on_with_other_settings(ran, configured, changes, mess
     run, _ = ran
     before = files(run)
     with pytest.raises(ValueError, match=message):
-        train.loop.train(configured(run, **changes))
+        train.contrastive.train(configured(run, **changes))
     assert files(run) == before
 
 
@@ -349,13 +351,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(configured, steps, tmp_path, sa
         params = jax.tree.map(lambda x: x, state.params)
         kernel = params["heads"]["colbert_linear"]["kernel"]
         params["heads"]["colbert_linear"]["kernel"] = jax.device_put(kernel * np.nan, kernel.sharding)
-        return train.loop.TrainState(params, state.optimizer, state.step)
+        return train.step.TrainState(params, state.optimizer, state.step)
 
     steps.before = poison
     # Dev scores of parameters that are not finite would stop the run for another reason.
     config = configured(tmp_path, save_every=save_every, evaluate_untrained=False, **{"data.dev": "", "data.test": ""})
     with pytest.raises(ValueError, match="step 3") as error:
-        train.loop.train(config)
+        train.contrastive.train(config)
     for part in (
         "loss",
         "loss/colbert",
@@ -375,7 +377,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(configured, steps, tmp_path, sa
 def test_the_best_step_is_kept(configured, tmp_path, monkeypatch, capfd):
     """It is saved because it is the best, and it outlives those after it."""
     scores = iter([0.1, 0.9, 0.3, 0.2])
-    monkeypatch.setattr(train.loop, "_dev_scores", lambda *_: {"dev/all/ndcg_at_10": next(scores)})
+    monkeypatch.setattr(train.contrastive, "_dev_scores", lambda *_: {"dev/all/ndcg_at_10": next(scores)})
     changes = {
         "evaluate_every": 1,
         "save_every": 3,
@@ -383,7 +385,7 @@ def test_the_best_step_is_kept(configured, tmp_path, monkeypatch, capfd):
         "evaluate_untrained": False,
         "data.test": "",
     }
-    train.loop.train(configured(tmp_path, **changes))
+    train.contrastive.train(configured(tmp_path, **changes))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
     assert f"best    {tmp_path / 'checkpoints' / '2'}, dev/all/ndcg_at_10 0.900\n" in capfd.readouterr().out
 
@@ -398,7 +400,7 @@ def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path, fo
         source = str(tmp_path / "orbax")
     steps.before = lambda state: pytest.fail("far enough")
     with pytest.raises(pytest.fail.Exception, match="far enough"):
-        train.loop.train(configured(tmp_path, init_from=source, tokenizer=""))
+        train.contrastive.train(configured(tmp_path, init_from=source, tokenizer=""))
     untrained = json.loads((tmp_path / "untrained.json").read_text())["evaluations"]
     ends = [{name: end["scores"][name] for name in FUNCTIONS} for end in results["evaluations"][:2]]
     assert [start["scores"] for start in untrained] == ends

@@ -10,8 +10,8 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 import numpy as np
 
 import m3jax
-import train.loop
-from tests.real_processes import free_address, start_training
+import train.contrastive
+from tests.real_processes import train_on_two
 from tests.small_run import SIZES, TRAINING, small_config
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -21,7 +21,6 @@ CHANGES = {"dropout": 0.1}
 def on_two(small_data, output, *, first="", code=0, **changes):
     """What two processes say that train into `output` with the settings that `small_config` has, and changes, after the
     statement `first`, and end with the code."""
-    address = free_address()
     settings = {f"model.{name}": value for name, value in SIZES.items()} | TRAINING
     settings |= {
         "tokenizer": small_data / "tokenizer.json",
@@ -31,20 +30,12 @@ def on_two(small_data, output, *, first="", code=0, **changes):
     files = {"train": "train.jsonl", "dev": "dev", "test": "test"}
     settings |= {f"data.{name}": small_data / path for name, path in files.items()}
     settings |= {"example.language": "Swahili"} | CHANGES | changes
-    processes = [
-        start_training(settings | {"distributed": f"{address},2,{index}"}, devices=2, first=first.format(index=index))
-        for index in (0, 1)
-    ]
-    done = [process.communicate(timeout=600) for process in processes]
-    for process, (out, error) in zip(processes, done, strict=True):
-        assert process.returncode == code, out[-2000:] + error[-3000:]
-    # Gloo, which carries what CPUs send each other, says on stdout that it is there.
-    return ["".join(line for line in out.splitlines(True) if "peer ranks" not in line) for out, _ in done]
+    return train_on_two(settings, first=first, code=code)
 
 
 def on_one(small_data, output):
     """Train into `output` in this process, on its one device."""
-    train.loop.train(small_config(small_data, output, **CHANGES, **{"data.test": str(small_data / "test")}))
+    train.contrastive.train(small_config(small_data, output, **CHANGES, **{"data.test": str(small_data / "test")}))
 
 
 def losses(output):

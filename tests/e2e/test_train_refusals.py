@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
 pytest.importorskip("tensorboardX", reason="training needs the train extra")
 
-import train.loop
+import train.contrastive
 from tests.small_run import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def no_step(monkeypatch):
-    monkeypatch.setattr(train.loop, "make_step", lambda *_: pytest.fail("a step was made"))
+    monkeypatch.setattr(train.contrastive, "make_step", lambda *_: pytest.fail("a step was made"))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_bad_rows_end_a_run_before_it_starts(small_data, tmp_path, line, message
     path = tmp_path / "rows.jsonl"
     path.write_text((small_data / "train.jsonl").read_text() + line + "\n")
     with pytest.raises(ValueError) as error:
-        train.loop.train(small_config(small_data, tmp_path / "run", **{"data.train": str(path)}))
+        train.contrastive.train(small_config(small_data, tmp_path / "run", **{"data.train": str(path)}))
     assert f"{path}:13: " in str(error.value) and message in str(error.value)
     assert not list((tmp_path / "run").iterdir())
 
@@ -71,7 +71,7 @@ def test_bad_rows_end_a_run_before_it_starts(small_data, tmp_path, line, message
 )
 def test_bad_settings_end_a_run_before_it_starts(small_data, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        train.loop.train(small_config(small_data, tmp_path, evaluate_untrained=False, **changes))
+        train.contrastive.train(small_config(small_data, tmp_path, evaluate_untrained=False, **changes))
 
 
 def test_wrong_command_lines_are_answered_in_a_line():

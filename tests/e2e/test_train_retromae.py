@@ -24,6 +24,7 @@ import train.preemption
 from configs import base, retromae
 from m3jax import checkpoint, weights
 from m3jax.model import flatten
+from tests.real_processes import train_on_two
 from tests.small_run import SIZES, WORDS, write
 from train.preemption import Stopped
 from train.pretrain import _OF_OTHER_STAGES, _start, pretrain
@@ -119,6 +120,48 @@ def test_a_run_that_was_stopped_is_the_one_that_was_not(ran, configured, tmp_pat
     assert rows[0] == rows[1]
     with pytest.raises(ValueError, match=r"encoder_mask was 0\.3, is 0\.5"):
         pretrain(configured(tmp_path / "run", encoder_mask=0.5))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [({"fsdp": 2}, 1), ({"data": 1, "fsdp": 2, "tensor": 2}, 2)], ids=["2 x 2 x 1", "1 x 2 x 2"]
+)
+def test_two_processes_train_as_one(ran, configured, tmp_path, mesh, parts, capfd):
+    """Their four devices, each with its rows one by one, as one device with all of them at once; what they began one ends."""
+    config, run = configured(tmp_path / "run"), tmp_path / "run"
+    usual = leaves(retromae.get_config())
+    settings = {key: value for key, value in leaves(config).items() if value != usual[key]}
+    settings |= {f"mesh.{axis}": size for axis, size in mesh.items()} | {"sub_batch_tokens": 1}
+    first, second = train_on_two(settings, config="retromae")
+    assert "report" in first and not second.strip()
+    assert ("texts in 2 sub-batches" in first) == (parts == 2)
+
+    def assert_same():
+        expected, found = (
+            [{key: row[key] for key in row if key == "gradient_norm" or "loss" in key or "dev/" in key} for row in rows]
+            for rows in (read_metrics(one / "metrics.jsonl") for one in (ran, run))
+        )
+        assert found == [pytest.approx(row, rel=1e-4) for row in expected]
+        expected, found = (load_file(one / "model" / "model.safetensors") for one in (ran, run))
+        assert expected.keys() == found.keys()
+        for name, x in expected.items():
+            # Softmax takes that bias out: its gradient is rounding, of which Adam makes whole steps.
+            if not name.endswith("self.key.bias"):
+                np.testing.assert_allclose(found[name], x, rtol=0, atol=1e-4, err_msg=name)
+
+    assert_same()
+    shutil.rmtree(run / "checkpoints" / "4")
+    shutil.rmtree(run / "model")
+    pretrain(config)
+    assert "going on after step 2" in capfd.readouterr().out
+    assert_same()
+
+
+def leaves(config, prefix=""):
+    """Keys as flags name them, and values."""
+    found = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{prefix}{key}.") if hasattr(value, "items") else {prefix + key: value}
+    return found
 
 
 def test_a_masked_language_model_s_head_is_where_the_head_starts(ran, configured, tmp_path, tiny_tokenizer, capsys):

@@ -248,8 +248,8 @@ def _queries(
     return queries
 
 
-def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
-    """Return a Unigram tokenizer of XLM-R's layout for `texts`: ids 0 to 3 special, `<mask>` last.
+def train_tokenizer(texts: Sequence[str], size: int = VOCABULARY) -> Tokenizer:
+    """Return a Unigram tokenizer of XLM-R's layout with `size` pieces for `texts`: ids 0 to 3 special, `<mask>` last.
 
     Pieces come from byte-pair merges and their log probabilities from counts, because the Unigram trainer of `tokenizers` sums
     in the order of a randomly seeded hash map: the same texts give another vocabulary each time. Everything but the vocabulary
@@ -258,7 +258,7 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     spaces = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     merged = Tokenizer(models.BPE())
     merged.pre_tokenizer = spaces  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 1, special_tokens=list(SPECIAL), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, special_tokens=list(SPECIAL), show_progress=False)
     merged.train_from_iterator(texts, trainer)
     counts = Counter(piece for encoding in merged.encode_batch(texts) for piece in encoding.ids)
     pieces = [merged.id_to_token(i) or "" for i in range(len(SPECIAL), merged.get_vocab_size())]

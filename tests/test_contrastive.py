@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
 pytest.importorskip("optax", reason="training needs the train extra")
 
+import train.contrastive
 import train.loop
 from configs import dense
 from tests.small_run import small_config
@@ -36,8 +37,8 @@ def steps(run):
 def test_asked_to_stop_while_it_measures_it_saves_and_measures_later(small_data, tmp_path, monkeypatch, at):
     changes = {"evaluate_untrained": False, "data.test": "", "save_every": 4, "keep_checkpoints": 1}
     whole, stopped = (small_config(small_data, tmp_path / name, **changes) for name in ("whole", "stopped"))
-    train.loop.train(whole)
-    measured, evaluate = [], train.loop.evaluate
+    train.contrastive.train(whole)
+    measured, evaluate = [], train.contrastive.evaluate
 
     def interrupted(*given, **settings):
         measured.append(0)
@@ -47,11 +48,11 @@ def test_asked_to_stop_while_it_measures_it_saves_and_measures_later(small_data,
         return evaluate(*given, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop, "evaluate", interrupted)
+        patch.setattr(train.contrastive, "evaluate", interrupted)
         with pytest.raises(Stopped, match=f"after step {at}, which is saved"):
-            train.loop.train(stopped)
+            train.contrastive.train(stopped)
     assert at in steps(tmp_path / "stopped")
-    train.loop.train(stopped)
+    train.contrastive.train(stopped)
     assert scores(tmp_path / "stopped") == scores(tmp_path / "whole") and len(scores(tmp_path / "whole")) == 2
     assert steps(tmp_path / "stopped") == steps(tmp_path / "whole")
 
@@ -63,7 +64,7 @@ def test_dense_alone_is_measured_alone(small_data, tmp_path):
         key: value for key, value in dense.get_config().items() if key in ("functions", "group_size", "distill_start")
     }
     config.update(stage | {"keep_best": "dev/dense/recall_at_100"})
-    results = train.loop.train(config)
+    results = train.contrastive.train(config)
     assert [{*evaluation["scores"]} for evaluation in results["evaluations"]] == [{"bm25", "dense"}] * 2
     assert results["example"]["tops"].keys() == {"bm25", "dense"}
     assert not any(top["matched"] for tops in results["example"]["tops"].values() for top in tops)
@@ -77,9 +78,9 @@ def test_dense_alone_is_measured_alone(small_data, tmp_path):
 def test_dev_scores_of_the_weighted_sum_are_the_teacher_s(small_data, tmp_path, monkeypatch, objective, weights):
     taken = {}
     monkeypatch.setattr(
-        train.loop, "evaluate", lambda *_, **settings: taken.update(settings) or SimpleNamespace(scores={})
+        train.contrastive, "evaluate", lambda *_, **settings: taken.update(settings) or SimpleNamespace(scores={})
     )
-    train.loop._dev_scores(small_config(small_data, tmp_path, objective=objective), None, None, None)
+    train.contrastive._dev_scores(small_config(small_data, tmp_path, objective=objective), None, None, None)
     assert taken["weights"] == {"all": weights, "dense+sparse": (*weights[:2], 0.0)} and not taken["baseline"]
 
 
@@ -89,7 +90,7 @@ class Enough(Exception):
 
 def test_the_first_parameters_are_dropped_for_the_state_s(small_data, tmp_path, monkeypatch):
     """Random ones lie whole on one device, beside its part of those that the mesh splits."""
-    first, start = [], train.loop.start_model
+    first, start = [], train.contrastive.start_model
 
     def started(config):
         m3 = start(config)
@@ -101,13 +102,13 @@ def test_the_first_parameters_are_dropped_for_the_state_s(small_data, tmp_path, 
         left = sum(array() is not None for array in first)
         raise Enough(f"{left} of {len(first)}")
 
-    monkeypatch.setattr(train.loop, "start_model", started)
+    monkeypatch.setattr(train.contrastive, "start_model", started)
     monkeypatch.setattr(train.loop, "matrix_rate", stop)
     with pytest.raises(Enough, match=r"^0 of [1-9]"):
-        train.loop.train(small_config(small_data, tmp_path, evaluate_untrained=False))
+        train.contrastive.train(small_config(small_data, tmp_path, evaluate_untrained=False))
 
 
 def test_batches_are_refused_before_rows_are_tokenised(small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.loop, "read_rows", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr(train.contrastive, "read_rows", lambda *_: pytest.fail("tokenised"))
     with pytest.raises(ValueError, match="length_groups holds pairs"):
-        train.loop.train(small_config(small_data, tmp_path, length_groups=((16, 0),)))
+        train.contrastive.train(small_config(small_data, tmp_path, length_groups=((16, 0),)))
