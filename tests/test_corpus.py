@@ -310,6 +310,24 @@ def test_memory_is_that_of_two_shards(m3, tmp_path, monkeypatch):
     assert 8 * 2**20 <= peak < 14 * 2**20
 
 
+def test_a_longer_corpus_takes_no_more_memory(m3, tmp_path):
+    """But for the record of each shard, of 2 kB. The shards are alike, so that no shape is compiled meanwhile."""
+
+    def peak(name, shards):
+        texts = (TEXTS[i % 23] for i in range(230 * shards))
+        tracemalloc.start()
+        try:
+            m3jax.encode_to(tmp_path / name, m3, texts, colbert=True, shard_texts=230)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak("compiled", 6)
+    more, longer = peak("more", 6), peak("longer", 24)
+    written = [sum(map(len, files(tmp_path / name).values())) for name in ("more", "longer")]
+    assert longer - more < 0.2 * (written[1] - written[0])
+
+
 def test_a_shard_is_written_while_the_next_is_encoded(m3, tmp_path, monkeypatch):
     write, put, encoded = shards.write_shard, corpus._Writer.put, threading.Event()
 

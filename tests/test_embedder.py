@@ -1,10 +1,14 @@
+import io
+import itertools
 import json
+import sys
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tqdm.std
 
 import m3jax
 from m3jax.config import M3Config
@@ -196,6 +200,23 @@ def test_progress_only_when_asked(m3, capsys):
     m3jax.encode(m3, TEXTS, progress=True, **ALL)
     shown = capsys.readouterr()
     assert shown.out == "" and f"{len(TEXTS)}/{len(TEXTS)}" in shown.err
+
+
+class Screen(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize(("terminal", "seconds", "shown"), [(True, 1.0, True), (True, 0.0, False), (False, 1.0, False)])
+def test_progress_comes_by_itself_on_a_terminal_when_it_takes_long(m3, monkeypatch, terminal, seconds, shown):
+    """By a clock that goes on by so many seconds whenever the bar looks at it."""
+    screen = Screen(terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(tqdm.std, "time", itertools.count(0.0, seconds).__next__)
+    m3jax.encode(m3, TEXTS, batch_tokens=16, **ALL)
+    assert (f"{len(TEXTS)}/{len(TEXTS)}" in screen.getvalue()) == shown
+    assert bool(screen.getvalue()) == shown
 
 
 @pytest.mark.parametrize("asked", ["dense", "sparse", "colbert"])

@@ -1,17 +1,22 @@
-"""The unified training step beside FlagEmbedding's own model and loss: forward and backward on the same weights and rows.
+"""A training step of any stage beside FlagEmbedding's own model and loss: forward and backward on the same weights and rows.
 
 Run it as `python tests/benchmarks/train.py [--geometry 4x256] [--queries 4x64] [--passages 16x256]` with the `peer` extra;
 without FlagEmbedding ours is measured alone. Rows are full, because the peer's padding changes its scores; dropout is 0 on both
-sides, self-distillation on, vocabulary 250,002. Each contestant has a process of its own; in each round each takes one step, in
-turns; medians are compared, and both losses printed, which must agree.
+sides, vocabulary 250,002; in the unified stage both distil. Each contestant has a process of its own; in each round each takes
+one step, in turns; medians are compared, and both losses printed, which must agree.
+
+    --stage unified (the default), dense (the dense loss alone, on both sides; the paper's pairs are as many passages as
+            queries) or retromae (on the rows of --passages, ours alone: the peer has no stage 1)
 
 Columns: tokens/s of queries and passages; × Flag; GB, peak memory of the process with all that it imports (on a GPU, of the
 device); compile s; GFLOP/s of the encoder, 3 · L · (24 · n · w² + 4 · n² · w) for a text of n tokens forward and backward, and
 of peak, its share of a matrix product's rate in as many bits, measured before and after. What the scores of tokens add
-(2 · 3 · queries · passages · n · n · w for colbert) is counted apart, as colbert.
+(2 · 3 · queries · passages · n · n · w for colbert) is counted apart, as colbert. Of stage 1 all of the model's FLOPs count, as
+train/flops.py has them: those of the decoder's layer and of the vocabulary's logits too.
 
-    --largest LENGTH …   the largest batch (queries × a group of 8) of each length whose step fits into a device's memory, whole
-                         and in sub-batches, by compiling: nothing runs. --memory GB says how much; without it the device's own
+    --largest LENGTH …   the largest batch (queries × a group of 8, pairs, or texts) of each length whose step fits into a
+                         device's memory, whole and in sub-batches, by compiling: nothing runs. --memory GB says how much;
+                         without it the device's own
 """
 
 import argparse
@@ -33,14 +38,17 @@ import numpy as np
 from texts import small_tokenizer
 from workers import SPAWN
 
-GROUP = 8  # of --largest; PAPER §3
+GROUPS = {"unified": 8, "dense": 1}  # passages a query of --largest; PAPER §3
+MASKED = 0.3  # of a text, in the encoder of stage 1; PAPER §3
 TEMPERATURE = 0.02
+VOCABULARY = 250_002
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is computed: the released directory, rows × length of queries and passages, and how."""
+    """What is computed: the stage, the released directory, rows × length of queries (none in stage 1) and passages, and how."""
 
+    stage: str
     model: Path
     queries: tuple[int, int]
     passages: tuple[int, int]
@@ -61,9 +69,19 @@ class Case:
     def tokens(self) -> int:
         return sum(rows * length for rows, length in (self.queries, self.passages))
 
+    def flops(self, layers: int, width: int) -> tuple[float, float]:
+        """Of a step: those whose share of the peak is told, and what colbert's scores add."""
+        (q, i), (p, j) = self.queries, self.passages
+        layers += self.stage == "retromae"
+        counted = 3 * layers * sum(rows * (24 * n * width**2 + 4 * n**2 * width) for rows, n in ((q, i), (p, j)))
+        if self.stage == "retromae":
+            content = j - 2
+            counted += 3 * 2 * width * (width + VOCABULARY) * p * (content + round(MASKED * content))
+        return counted, 6 * q * p * i * j * width if self.stage == "unified" else 0
+
 
 class Ours:
-    """loss_and_parts and its gradient; the optimiser's update, which the peer does not have here, is left out."""
+    """The stage's loss_and_parts and its gradient; the optimiser's update, which the peer does not have here, is left out."""
 
     def __init__(self, case: Case):
         import jax
@@ -72,13 +90,15 @@ class Ours:
         from train.sub_batch import SubBatches, sub_batches_of
 
         m3 = m3jax.load(case.model, dtype="float32")
-        queries, passages = case.ids()
+        params = m3.params
+        sides = {"queries": case.queries, "passages": case.passages}
+        if case.stage == "retromae":
+            params, sides = for_reconstruction(m3.config, m3.params["encoder"]), {"texts": case.passages}
         tokens = case.sub_batch_tokens
-        sides = (case.queries, case.passages)
-        parts = SubBatches(*(sub_batches_of(tokens, *side) if tokens else 1 for side in sides))
+        parts = SubBatches(**{name: sub_batches_of(tokens, *side) if tokens else 1 for name, side in sides.items()})
         self._given = (
-            jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.devices()[0]), m3.params),
-            batch_of(queries, passages),
+            jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.devices()[0]), params),
+            batch_of(case.stage, *case.ids()),
         )
         start = time.perf_counter()
         self._step = gradient_of(m3.config, case, parts).lower(*self._given).compile()
@@ -122,8 +142,8 @@ class Peer:
             tokenizer=SimpleNamespace(cls_token_id=0, pad_token_id=1, eos_token_id=2, unk_token_id=3),
             temperature=TEMPERATURE,
             normalize_embeddings=True,
-            unified_finetuning=True,
-            use_self_distill=True,
+            unified_finetuning=case.stage == "unified",
+            use_self_distill=case.stage == "unified",
             self_distill_start_step=-1,
         )
         self._model.to(self._device).train()
@@ -157,10 +177,13 @@ def resident() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def batch_of(queries: Any, passages: Any) -> Any:
+def batch_of(stage: str, queries: Any, passages: Any) -> Any:
     """Full rows, no two passages equal."""
     from train.data.pipeline import Batch
+    from train.data.texts import TextBatch
 
+    if stage == "retromae":
+        return TextBatch(passages, np.ones(passages.shape, bool))
     columns = np.arange(len(passages), dtype=np.uint32)
     identity = np.stack([columns, columns], axis=1)
     known = identity[:: len(passages) // len(queries), None]
@@ -173,22 +196,39 @@ def batch_of(queries: Any, passages: Any) -> Any:
     )
 
 
+def for_reconstruction(model: Any, encoder: Any) -> Any:
+    """An encoder's parameters with a random head and decoder."""
+    import jax
+
+    from m3jax import retromae
+
+    # Of one layer: what is drawn is the head and the decoder, whatever the encoder's depth.
+    drawn = retromae.init(dataclasses.replace(model, num_hidden_layers=1), jax.random.key(0))
+    return {**drawn, "encoder": encoder}
+
+
 def gradient_of(model: Any, case: Case, parts: Any) -> Any:
-    """The jitted loss, its parts and its gradient, as the training step computes them."""
+    """The jitted loss, its parts and its gradient, as the training step of the stage computes them."""
     import jax
     import jax.numpy as jnp
 
     from configs import base
-    from train.step import loss_and_parts, precision
+    from train import reconstruction, step
 
     config = base.get_config()
-    config.update(dtype=case.dtype, remat=case.remat, temperature=TEMPERATURE, dropout=0.0)
+    config.update(dtype=case.dtype, remat=case.remat, temperature=TEMPERATURE, dropout=0.0, encoder_mask=MASKED)
+    if case.stage == "dense":
+        config.functions = ("dense",)
 
     def loss(params: Any, batch: Any) -> Any:
-        return loss_and_parts(model, config, params, batch, jnp.float32(1), jax.random.key(0), parts)
+        key = jax.random.key(0)
+        if case.stage == "retromae":
+            mask_id = VOCABULARY - 1  # as XLM-R has it
+            return reconstruction.loss_and_parts(model, mask_id, config, params, batch, key, parts)
+        return step.loss_and_parts(model, config, params, batch, jnp.float32(1), key, parts)
 
     def run(params: Any, batch: Any) -> Any:
-        with jax.default_matmul_precision(precision(case.dtype)):
+        with jax.default_matmul_precision(step.precision(case.dtype)):
             return jax.value_and_grad(loss, has_aux=True)(params, batch)
 
     return jax.jit(run)
@@ -217,7 +257,9 @@ def apart(function: Any, *arguments: Any) -> Any:
 
 
 def compare(case: Case, layers: int, width: int, repeats: int) -> None:
-    makers = {"m3jax": Ours} | ({"FlagEmbedding": Peer} if find_spec("FlagEmbedding") else {})
+    makers: dict[str, Any] = {"m3jax": Ours}
+    if case.stage != "retromae" and find_spec("FlagEmbedding"):
+        makers["FlagEmbedding"] = Peer
     workers, compiling = {}, {}
     for name, make in makers.items():
         connection, theirs = SPAWN.Pipe()
@@ -240,14 +282,10 @@ def compare(case: Case, layers: int, width: int, repeats: int) -> None:
     for connection in workers.values():
         connection.send(None)
     peak = statistics.mean(rates)
-    flops = 3 * layers * sum(
-        rows * (24 * n * width**2 + 4 * n**2 * width) for rows, n in (case.queries, case.passages)
-    )  # fmt: skip
-    (q, i), (p, j) = case.queries, case.passages
+    flops, colbert = case.flops(layers, width)
     medians = {name: statistics.median(x for x, _, _ in runs) for name, runs in taken.items()}
-    print(
-        f"encoder {flops / 1e9:.0f} GFLOP a step, colbert's scores {6 * q * p * i * j * width / 1e9:.0f} more; ", end=""
-    )
+    more = f", colbert's scores {colbert / 1e9:.0f} more" if colbert else ""
+    print(f"model {flops / 1e9:.0f} GFLOP a step{more}; ", end="")
     print(f"a matrix product {peak / 1e9:.0f} GFLOP/s ({rates[0] / 1e9:.0f}, {rates[1] / 1e9:.0f})")
     print("tokens/s  × Flag   spread     GB  compile s  GFLOP/s  of peak       loss  contestant")
     for name, runs in taken.items():
@@ -264,6 +302,7 @@ def largest(lengths: list[int], given: argparse.Namespace) -> None:
     """Compile for more and more queries until a step no longer fits."""
     import jax
 
+    from m3jax import retromae
     from m3jax.config import M3Config
     from m3jax.model import shapes
     from train.compiled import bytes_of, device_memory
@@ -277,29 +316,34 @@ def largest(lengths: list[int], given: argparse.Namespace) -> None:
         intermediate_size=4 * given.width,
         colbert_dim=given.width,
     )
-    state = 2 * sum(
-        x.size * 4 for x in jax.tree.leaves(shapes(model))
-    )  # AdamW's moments, which this step does not hold
+    group = GROUPS.get(given.stage, 1)
+    params, what = shapes(model), f"queries with {group} passages each"
+    if given.stage == "retromae":
+        params, what = retromae.shapes(model), "texts"
+    state = 2 * sum(x.size * 4 for x in jax.tree.leaves(params))  # AdamW's moments, which this step does not hold
 
-    def fits(count: int, length: int, parts: SubBatches) -> bool:
-        rows = [jax.ShapeDtypeStruct((n, m), np.int32) for n, m in ((count, min(length, 512)), (count * GROUP, length))]
-        case = Case(Path(), rows[0].shape, rows[1].shape, given.dtype, 0, given.remat)
-        batch = jax.eval_shape(lambda *x: batch_of(*x), *rows)
-        program = gradient_of(model, case, parts).lower(shapes(model), batch).compile()
+    def fits(count: int, length: int, *, whole: bool) -> bool:
+        sides = {"texts": (count, length)}
+        if given.stage != "retromae":
+            sides = {"queries": (count, min(length, 512)), "passages": (count * group, length)}
+        parts = SubBatches() if whole else SubBatches(**{name: rows for name, (rows, _) in sides.items()})
+        rows = [jax.ShapeDtypeStruct(side, np.int32) for side in sides.values()]
+        case = Case(given.stage, Path(), rows[0].shape, rows[-1].shape, given.dtype, 0, given.remat)
+        batch = jax.eval_shape(lambda *x: batch_of(given.stage, x[0], x[-1]), *rows)
+        program = gradient_of(model, case, parts).lower(params, batch).compile()
         return bytes_of(program) + state <= limit
 
-    print(f"largest batch of queries with {GROUP} passages each, in {limit / 1e9:.0f} GB, remat {given.remat!r}")
+    print(f"largest batch of {what}, {given.stage}, in {limit / 1e9:.0f} GB, remat {given.remat!r}")
     print("length   whole   in sub-batches of one row", flush=True)
     for length in lengths:
         found = []
         for whole in (True, False):
             low, high = 0, 1
-            while fits(high, length, SubBatches(1, 1) if whole else SubBatches(high, high * GROUP)):
+            while fits(high, length, whole=whole):
                 low, high = high, 2 * high
             while high - low > max(1, low // 16):
                 middle = (low + high) // 2
-                parts = SubBatches(1, 1) if whole else SubBatches(middle, middle * GROUP)
-                low, high = (middle, high) if fits(middle, length, parts) else (low, middle)
+                low, high = (middle, high) if fits(middle, length, whole=whole) else (low, middle)
             found.append(low)
         print(f"{length:6,} {found[0]:7,} {found[1]:9,}", flush=True)
 
@@ -311,9 +355,10 @@ def shape(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("unified", "dense", "retromae"), default="unified")
     parser.add_argument("--geometry", type=shape, default=(4, 256), help="layers x width; heads of 64")
-    parser.add_argument("--queries", type=shape, default=(4, 64), help="rows x tokens")
-    parser.add_argument("--passages", type=shape, default=(16, 256), help="rows x tokens")
+    parser.add_argument("--queries", type=shape, help="rows x tokens; 4x64, none in stage 1")
+    parser.add_argument("--passages", type=shape, default=(16, 256), help="rows x tokens; in stage 1 the texts")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--remat", default="elements", help="as in configs/base.py; ours only")
     parser.add_argument("--sub_batch_tokens", type=int, default=0, help="ours only; 0 is the whole batch at once")
@@ -322,9 +367,14 @@ def main() -> None:
     parser.add_argument("--memory", type=float, metavar="GB")
     given = parser.parse_args()
     given.layers, given.width = given.geometry
+    if given.stage == "retromae" and given.queries:
+        parser.error("stage 1 has no queries, only --passages, its texts")
+    queries = (0, 1) if given.stage == "retromae" else given.queries or (4, 64)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too
     _, device = apart(contestants.backend)
-    print(f"{given.layers} × {given.width}, {given.dtype}, {device}, {len(os.sched_getaffinity(0))} cores")
+    print(
+        f"{given.stage}, {given.layers} × {given.width}, {given.dtype}, {device}, {len(os.sched_getaffinity(0))} cores"
+    )
     if given.largest:
         largest(given.largest, given)
         return
@@ -332,7 +382,7 @@ def main() -> None:
         model, tokenizer = Path(work) / "model", Path(work) / "tokenizer.json"
         small_tokenizer(tokenizer)
         apart(make_full_vocabulary, model, tokenizer, given.layers, given.width)
-        case = Case(model, given.queries, given.passages, given.dtype, given.sub_batch_tokens, given.remat)
+        case = Case(given.stage, model, queries, given.passages, given.dtype, given.sub_batch_tokens, given.remat)
         compare(case, given.layers, given.width, given.repeats)
 
 

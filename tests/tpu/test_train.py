@@ -1,8 +1,9 @@
-"""The unified and the dense training step at 24 × 1024 in bfloat16, compiled for TPUs; nothing runs on a TPU here.
+"""The training step of each stage at 24 × 1024 in bfloat16, compiled for TPUs; nothing runs on a TPU here.
 
-Not here: that the step is right (tests/test_step.py, test_sub_batch.py).
+Not here: that the step is right (tests/test_step.py, test_sub_batch.py, test_retromae.py).
 """
 
+import functools
 import math
 import time
 from collections import Counter
@@ -13,17 +14,19 @@ import pytest
 pytest.importorskip("optax", reason="training needs the train extra")
 
 from configs import base
+from m3jax import retromae
 from m3jax.config import M3Config
 from m3jax.model import shapes
 from tests.collectives import activations, collectives
-from train.abstract import abstract_batch, abstract_state
+from train import reconstruction
+from train.abstract import abstract_batch, abstract_state, abstract_texts
 from train.compiled import bytes_of, fitting
 from train.data.streams import Shape
 from train.optimizer import make_optimizer
 from train.step import make_step
 
 MODEL = M3Config()
-PARAMETERS = [x.shape for x in jax.tree.leaves(shapes(MODEL))]
+MASK_ID = MODEL.vocab_size - 1
 MEMORY = {"v5e": 16, "v6e": 32, "v5p": 95}  # GB a device
 MESHES = {1: {}, 8: {"data": 1, "fsdp": 8}, 64: {"data": 8, "fsdp": 8}}
 # PAPER §4: longest text → global batch of stage 3 (with groups of 8) and of stage 2 (pairs), on 24 and 96 devices. Rows are
@@ -40,36 +43,53 @@ DENSE = {
     7168: 12288,
     8192: 9984,
 }
+TEXTS = 16384  # PAPER §3: of stage 1, on 32 devices; of any length
 # A batch for 1 and 8 devices has the paper's rows a device; for 64 the paper's whole batch, to the next multiple of 64.
+STAGES = ("unified", "dense", "retromae")
 CASES = [
-    *((stage, chip, devices, 512) for stage in ("unified", "dense") for chip in MEMORY for devices in MESHES),
-    *((stage, chip, devices, 8192) for stage in ("unified", "dense") for chip in MEMORY for devices in MESHES),
+    *((stage, chip, devices, 512) for stage in STAGES for chip in MEMORY for devices in MESHES),
+    *((stage, chip, devices, 8192) for stage in STAGES for chip in MEMORY for devices in MESHES),
     *(("unified", "v5e", 8, length) for length in UNIFIED if length not in (512, 8192)),
 ]
 
 
-def queries(stage, devices, length):
-    batch, of = (UNIFIED[length], 24) if stage == "unified" else (DENSE[length], 96)
+def rows(stage, devices, length):
+    """Of a global batch: its queries or texts."""
+    batch, of = {"unified": (UNIFIED[length], 24), "dense": (DENSE[length], 96), "retromae": (TEXTS, 32)}[stage]
     return -(-batch // 64) * 64 if devices == 64 else batch // of * devices
+
+
+def a_step(stage, devices, length, mesh):
+    """Of a stage: its parameters, the rows and the length of the sides of its batch, and sub-batches → the step, compiled."""
+    config = base.get_config()
+    config.dtype = "bfloat16"
+    optimizer = make_optimizer(config)
+    b = rows(stage, devices, length)
+    if stage == "retromae":
+        params = retromae.shapes(MODEL)
+        state, batch = abstract_state(params, optimizer, mesh), abstract_texts(b, length, mesh)
+        make = functools.partial(reconstruction.make_step, MODEL, MASK_ID)
+        sides = {"texts": (b, length)}
+    else:
+        group, lq = config.group_size if stage == "unified" else 1, min(length, 512)
+        if stage == "dense":
+            config.functions = ("dense",)
+        params = shapes(MODEL)
+        state, batch = abstract_state(params, optimizer, mesh), abstract_batch(Shape(b, group, lq, length), 1, mesh)
+        make = functools.partial(make_step, MODEL)
+        sides = {"queries": (b, lq), "passages": (b * group, length)}
+    return params, sides, lambda parts: make(config, optimizer, mesh, state, parts).lower(state, batch).compile()
 
 
 @pytest.mark.parametrize(("stage", "chip", "devices", "length"), CASES)
 def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record):
-    config = base.get_config()
-    config.dtype = "bfloat16"
-    group = config.group_size if stage == "unified" else 1
-    if stage == "dense":
-        config.functions = ("dense",)
-    mesh, optimizer = tpu_mesh(chip, devices, **MESHES[devices]), make_optimizer(config)
-    state = abstract_state(shapes(MODEL), optimizer, mesh)
-    b, lq = queries(stage, devices, length), min(length, 512)
-    batch = abstract_batch(Shape(b, group, lq, length), 1, mesh)
+    mesh = tpu_mesh(chip, devices, **MESHES[devices])
+    params, sides, compile = a_step(stage, devices, length, mesh)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         program, parts, used = fitting(
-            lambda parts: make_step(MODEL, config, optimizer, mesh, state, parts).lower(state, batch).compile(),
-            queries=(b // devices, lq),
-            passages=(b * group // devices, length),
+            compile,
+            **{name: (count // devices, length) for name, (count, length) in sides.items()},
             tokens=16384,
             limit=MEMORY[chip] * 1e9,
         )
@@ -78,15 +98,16 @@ def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record
         assert f"splash_mha_{kernel}_segmented" in text, kernel
     found = collectives(text)
     assert bool(found) == (devices > 1)
-    # A device's part of the hidden states, of queries or of passages, whichever is less.
-    rows_of_parts = (b // devices // parts.queries * lq, b * group // devices // parts.passages * length)
-    for one in activations(found, PARAMETERS, min(rows_of_parts) * MODEL.hidden_size):
+    # A device's part of the hidden states, of the side that has less of them.
+    of_parts = [count // devices // getattr(parts, name) * length for name, (count, length) in sides.items()]
+    for one in activations(found, [x.shape for x in jax.tree.leaves(params)], min(of_parts) * MODEL.hidden_size):
         # What fsdp's devices look up in the tables for each other; within the layers nothing.
         assert one.kind == "all-to-all" and one.loops <= (max(parts) > 1), one
-        assert sum(map(math.prod, one.arrays)) <= max(rows_of_parts) * MODEL.hidden_size, one
+        assert sum(map(math.prod, one.arrays)) <= max(of_parts) * MODEL.hidden_size, one
     kinds = Counter(one.kind for one in found)
+    longer = [*sides][-1]
     record(
-        f"{stage} step, passages in {parts.passages} parts; " + ", ".join(f"{n} {name}" for name, n in kinds.items()),
-        chip, devices, f"{b} queries × {lq}, {b * group} passages × {length}", seconds, used / 1e9,
+        f"{stage} step, {longer} in {getattr(parts, longer)} parts; " + ", ".join(f"{n} {name}" for name, n in kinds.items()),
+        chip, devices, ", ".join(f"{count} {name} × {length}" for name, (count, length) in sides.items()), seconds, used / 1e9,
     )  # fmt: skip
     assert bytes_of(program) / 1e9 < MEMORY[chip]
