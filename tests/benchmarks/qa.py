@@ -2,7 +2,7 @@
 
 `python tests/benchmarks/qa.py DATA OUT [OTHER CODE …]`: DATA has load.py and its sets/. What is written: OUT/rows/*.jsonl
 (questions with up to 7 negatives, XQuAD's, parallel sentences), OUT/texts.jsonl (their passages, each once, for stage 1),
-OUT/tokenizer.json (16,384 pieces for them: over XLM-R's 250,002 a step of stage 1 takes two cores 15 times as long),
+OUT/tokenizer.json (16,384 pieces for them: over XLM-R's 250,002 the logits of stage 1 are 15 times as many),
 OUT/dev/LANGUAGE and OUT/test/LANGUAGE. What is of the languages CODE goes to the folder OTHER in place of OUT.
 """
 
