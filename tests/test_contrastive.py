@@ -15,6 +15,7 @@ pytest.importorskip("optax", reason="training needs the train extra")
 
 import train.contrastive
 import train.loop
+import train.start
 from configs import dense
 from tests.small_run import small_config
 from train.preemption import Stopped
@@ -109,6 +110,6 @@ def test_the_first_parameters_are_dropped_for_the_state_s(small_data, tmp_path, 
 
 
 def test_batches_are_refused_before_rows_are_tokenised(small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.contrastive, "read_rows", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr(train.start, "read_rows", lambda *_: pytest.fail("tokenised"))
     with pytest.raises(ValueError, match="length_groups holds pairs"):
         train.contrastive.train(small_config(small_data, tmp_path, length_groups=((16, 0),)))

@@ -21,9 +21,8 @@ import m3jax
 from m3jax.card import CARD
 from m3jax.config import M3Config
 from m3jax.model import M3
-from m3jax.sharding import make_mesh
 from train import Config
-from train.console import describe, say
+from train.console import say
 from train.evaluation import Evaluation, evaluate
 from train.example import worked_example
 from train.files import write_json, write_whole
@@ -32,19 +31,16 @@ from train.objective import hybrid_weights, loss_arguments, measured_functions
 from train.optimizer import make_optimizer
 from train.plan import plan
 from train.preemption import Preemption
-from train.processes import agreed, first_then_others, is_first, on_host, rows_held
+from train.processes import agreed, first_then_others, is_first, on_host
 from train.release import card_of_run
 from train.start import (
     DataPaths,
     check,
     checkpoints_of,
     data_paths,
-    read_rows,
     read_sets,
-    start_batches,
+    start_data,
     start_model,
-    with_length_groups,
-    with_steps,
 )
 from train.step import make_step
 from train.tables import format_changes, format_example, format_table
@@ -81,12 +77,7 @@ def _run(config: Config, preemption: Preemption) -> dict[str, Any]:
     data = first_then_others(lambda: data_paths(config), "write what is made of the data")
     dev, tests = first_then_others(lambda: read_sets(data), "read the sets that measure")
     m3 = first_then_others(lambda: start_model(config), "read or make the model")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
-    source = read_rows(config, data.train, m3.tokenizer)
-    batches = start_batches(config, source, mesh, m3.config)
-    config = with_steps(config, batches)
-    say(describe(config, m3, len(source), mesh.size))
+    config, mesh, source, batches = start_data(config, data.train, m3)
     clock.lap("prepare")
     every = config.to_dict()
     kept = {key: every[key] for key in _KEPT} | {key: every["data"][key] for key in ("same_dataset", "weights")}

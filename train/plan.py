@@ -10,16 +10,14 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from m3jax.sharding import make_mesh
 from train import Config
 from train.abstract import abstract_batch, abstract_state
 from train.compiled import compile_step
-from train.console import describe, say
+from train.console import say
 from train.data.streams import Shape, Stream
 from train.flops import matrix_rate, step_flops
 from train.optimizer import make_optimizer
-from train.processes import rows_held
-from train.start import data_paths, read_rows, read_sets, start_batches, start_model, with_length_groups, with_steps
+from train.start import data_paths, read_sets, start_data, start_model
 from train.step import make_step
 from train.tables import format_duration
 
@@ -32,12 +30,7 @@ def plan(config: Config) -> dict[str, Any]:
     data = data_paths(config)
     dev, _ = read_sets(data)
     m3 = start_model(config, values=False)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
-    source = read_rows(config, data.train, m3.tokenizer)
-    batches = start_batches(config, source, mesh, m3.config)
-    config = with_steps(config, batches)
-    say(describe(config, m3, len(source), mesh.size))
+    config, mesh, source, batches = start_data(config, data.train, m3)
     optimizer, fixed = make_optimizer(config), FrozenConfigDict(config)
     state = abstract_state(m3.params, optimizer, mesh)
     rounds = sum(stream.batches_a_round for stream in batches.streams)

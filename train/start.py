@@ -22,11 +22,12 @@ from m3jax.config import M3Config
 from m3jax.losses import PARTS
 from m3jax.model import M3, init, shapes
 from m3jax.retrieval import FUNCTIONS
+from m3jax.sharding import make_mesh
 from m3jax.tokenization import Tokenizer
 from m3jax.xlm_roberta import Remat
 from train import Config
 from train.checkpoints import settings_of
-from train.console import say
+from train.console import describe, say
 from train.data import cldr
 from train.data.builders import RowSource, prepare
 from train.data.held_out import hold_out
@@ -254,6 +255,26 @@ def _described(config: Config) -> M3:
                 directory, heads=config.heads, colbert_dim=config.model.colbert_dim or None
             )
     return M3(model, shapes(model), tokenizer)
+
+
+class Started(NamedTuple):
+    """What `start_data` gives: the config with the length groups and the steps that hold, and what is trained on."""
+
+    config: Config
+    mesh: Mesh
+    source: RowSource
+    batches: Batches
+
+
+def start_data(config: Config, datasets: Sequence[Path], m3: M3) -> Started:
+    """The rows of `datasets` in batches for all devices here, which the user is told of."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
+    source = read_rows(config, datasets, m3.tokenizer)
+    batches = start_batches(config, source, mesh, m3.config)
+    config = with_steps(config, batches)
+    say(describe(config, m3, len(source), mesh.size))
+    return Started(config, mesh, source, batches)
 
 
 def read_rows(config: Config, datasets: Sequence[Path], tokenizer: Tokenizer) -> RowSource:
