@@ -33,7 +33,6 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
 
 def abstract_batch(shape: Shape, positives: int, mesh: Mesh) -> Batch:
     """A batch of this shape, of rows with up to so many positives."""
-
     rows, group, query_length, passage_length = shape
     return Batch(
         query_ids=_rows(mesh, np.int32, rows, query_length),

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -27,7 +28,7 @@ from m3jax.model import cast, init
 
 SECONDS = 3.0
 SHAPES = ((512, 64), (1024, 64), (2048, 64), (4096, 64), (1024, 128), (1024, 256), (1024, 512), (4096, 4096))
-BLOCKS = ((1024, 512), (2048, 512), (2048, 1024), (4096, 512))
+BLOCKS = ((2048, 512), (1024, 256), (512, 512), (256, 8192))  # of queries and keys; the last is all of them
 
 
 def median(run: Callable[..., object], *given: object) -> float:
@@ -46,6 +47,24 @@ def product(width: int, dtype: str) -> str:
     x, y = (jax.random.normal(jax.random.key(0), s).astype(dtype) for s in ((2048, width), (width, 4 * width)))
     multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
     return f"a matrix product: {2 * 2048 * width * 4 * width / median(multiply, x, y) / 1e9:.0f} GFLOP/s"
+
+
+def attending(blocks: tuple[int, int], length: int, heads: int, dtype: str) -> tuple[float, float]:
+    """Seconds of attention over one row in blocks of so many queries and keys, and of it with its gradient."""
+    ours = attention._BLOCKS, attention._GRADIENT_BLOCKS
+    attention._BLOCKS = attention._GRADIENT_BLOCKS = blocks
+    *qkv, direction = (jax.random.normal(jax.random.key(i), (1, length, heads, 64)).astype(dtype) for i in range(4))
+    segments = jnp.ones((1, length), jnp.int32)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # a function each time, or jit takes the last
+        return attention.attention(q, k, v, segments)
+
+    def gradient(*qkv: jax.Array) -> Any:
+        return jax.vjp(attend, *qkv)[1](direction)
+
+    found = median(jax.jit(attend), *qkv), median(jax.jit(lambda *qkv: (attend(*qkv), gradient(*qkv))), *qkv)
+    attention._BLOCKS, attention._GRADIENT_BLOCKS = ours
+    return found
 
 
 def main() -> None:
@@ -78,19 +97,11 @@ def main() -> None:
                 f"  {count:>3} × {length:<4} {layer / tokens * 1e6:6.1f} us {flops / layer / 1e9:5.0f} GFLOP/s",
                 flush=True,
             )
-        q, k, v = (
-            jax.random.normal(jax.random.key(i), (1, 4096, given.width // 64, 64)).astype(dtype) for i in range(3)
-        )
-        ours = attention._BLOCKS
-        for blocks in BLOCKS:
-            attention._BLOCKS = blocks
-            attend = jax.jit(
-                lambda *parts, blocks=blocks: attention.attention(*parts)
-            )  # a function each, or jit takes the last
-            took = median(attend, q, k, v, jnp.ones((1, 4096), jnp.int32))
-            named = " × ".join(map(str, blocks))
-            print(f"  attention alone, 4096, blocks of {named}: {took / 4096 * 1e6:6.1f} us a token", flush=True)
-        attention._BLOCKS = ours
+        for length in (4096, 7936):
+            for blocks in BLOCKS:
+                taken = (took / length * 1e6 for took in attending(blocks, length, given.width // 64, dtype))
+                said = "{:6.1f} us a token, {:6.1f} with its gradient".format(*taken)
+                print(f"  attention alone, {length}, blocks of {blocks[0]} × {blocks[1]}: {said}", flush=True)
         print(f"{dtype}, {product(given.width, dtype)}", flush=True)
 
 
