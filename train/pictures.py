@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from train.results import BEFORE
+
 # Light and dark. Pictures are drawn in the light colours, which then become the names of these CSS variables.
 PALETTE = {
     "paper": ("#ffffff", "#12151c"),
@@ -89,7 +91,7 @@ def colour_name(function: str) -> str:
         "": "ink",
     }
     known = known.get(function, function)
-    if known.startswith("before "):
+    if known.startswith(BEFORE):
         return "untrained"
     return known if known in PALETTE else "soft"
 
@@ -243,14 +245,14 @@ def draw_dev(metrics: Sequence[Mapping[str, float]], functions: Sequence[str]) -
 
 
 def draw_quality(sets: Mapping[str, Mapping[str, float]]) -> str | None:
-    """nDCG@10 by test set, {set: {"BM25", a function or "before " + it: value}}; None if no set has a value.
+    """nDCG@10 by test set, {set: {"BM25", a function or BEFORE + it: value}}; None if no set has a value.
 
     A row is a function: after training above before. BM25 is a row, and a dashed line through all of them.
     """
     sets = {name: values for name, values in sets.items() if values}
     if not sets:
         return None
-    rows = {name: list(dict.fromkeys(label.removeprefix("before ") for label in sets[name])) for name in sets}
+    rows = {name: list(dict.fromkeys(label.removeprefix(BEFORE) for label in sets[name])) for name in sets}
     heights = [0.34 * len(rows[name]) + 0.35 for name in sets]
     highest = max(value for values in sets.values() for value in values.values())
     with matplotlib.rc_context(_STYLE):
@@ -263,7 +265,7 @@ def draw_quality(sets: Mapping[str, Mapping[str, float]]) -> str | None:
                     axes.barh(place - 0.12, value, 0.46, color=_colour(function))
                     end, style = (value, place - 0.1), {"fontsize": 9, "fontweight": "bold"}
                     axes.annotate(f"{value:.3f}", end, (4, 0), textcoords="offset points", va="center", **style)
-                if (untrained := f"before {function}") in values:
+                if (untrained := BEFORE + function) in values:
                     axes.barh(place + 0.27, values[untrained], 0.2, color=_colour(untrained))
             if "BM25" in values:
                 axes.axvline(values["BM25"], color=_colour("BM25"), linewidth=1, linestyle=(0, (3, 3)))

@@ -13,7 +13,7 @@ from m3jax.card import make_card
 from m3jax.config import M3Config
 from m3jax.retrieval import FUNCTIONS
 from train.data import cldr
-from train.results import METRICS, cells_of, notes_of
+from train.results import BEFORE, METRICS, cells_of, notes_of
 
 
 def card_of_run(model: M3Config, results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def card_of_run(model: M3Config, results: Mapping[str, Any], settings: Mapping[s
         training=training,
         measured={row: tests for row, tests in cells.items() if row in FUNCTIONS},
         compared={
-            f"{row.removeprefix('before ')}, before training" if row.startswith("before ") else row: tests
+            f"{row.removeprefix(BEFORE)}, before training" if row.startswith(BEFORE) else row: tests
             for row, tests in cells.items()
             if row not in FUNCTIONS
         },

@@ -28,6 +28,7 @@ from train.pictures import (
     standalone,
 )
 from train.results import (
+    BEFORE,
     METRICS,
     Example,
     Results,
@@ -70,7 +71,7 @@ def _html_head(results: Results, metrics: Sequence[Mapping[str, float]]) -> str:
 def _html_verdict(results: Results) -> str:
     """The first test set in three numbers: of "all", chosen beforehand, and of the best function only without it."""
     for name, values in ndcg_of(results).items():
-        trained = [label for label in values if label != "BM25" and not label.startswith("before ")]
+        trained = [label for label in values if label != "BM25" and not label.startswith(BEFORE)]
         if trained:
             function = "all" if "all" in trained else max(trained, key=lambda label: values[label])
             tiles = "".join(
@@ -78,7 +79,7 @@ def _html_verdict(results: Results) -> str:
                 for label, text, kind in (
                     (function, f"trained, {function}", "main"),
                     ("BM25", "BM25", ""),
-                    (f"before {function}", "before training", ""),
+                    (BEFORE + function, "before training", ""),
                 )
                 if label in values
             )
@@ -107,7 +108,7 @@ def _html_table(results: Results) -> str:
     sets = "".join(f'<th colspan="{len(METRICS)}">{escape(name)}</th>' for name in names)
     body = ""
     for label, row in cells.items():
-        body += f'<tr class="{"dim" if label.startswith("before ") else ""}"><td>{_dot(label)}{escape(label)}</td>'
+        body += f'<tr class="{"dim" if label.startswith(BEFORE) else ""}"><td>{_dot(label)}{escape(label)}</td>'
         for name, metric in columns:
             value = row.get(name, {}).get(metric)
             kind = ' class="best"' if value is not None and value == best[name, metric] else ""
@@ -121,7 +122,7 @@ def _html_table(results: Results) -> str:
 def _html_quality(results: Results, picture: str) -> str:
     if not cells_of(results):
         return ""
-    rows = {label.removeprefix("before ") for label in cells_of(results)}
+    rows = {label.removeprefix(BEFORE) for label in cells_of(results)}
     words = {
         "BM25": "counts shared terms; nothing is trained",
         "dense": "one vector for a text",

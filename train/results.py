@@ -12,6 +12,8 @@ from typing import Any, Literal, NotRequired, TypedDict, cast, get_args, get_ori
 from m3jax.retrieval import FUNCTIONS
 from train.files import parse_object, read_lines
 
+# Begins the label of a row that was measured before training.
+BEFORE = "before "
 METRICS = {"ndcg_at_10": "nDCG@10", "recall_at_100": "Recall@100"}
 
 
@@ -145,7 +147,7 @@ def cells_of(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]
         for function, scores in evaluation["scores"].items():
             untrained = evaluation["model"] == "untrained" and function != "bm25"
             place = known.index(function) if function in known else len(known)
-            label = ("before " if untrained else "") + ("BM25" if function == "bm25" else function)
+            label = (BEFORE if untrained else "") + ("BM25" if function == "bm25" else function)
             cells.setdefault((untrained, place, label), {})[evaluation["name"]] = scores
     return {key[2]: cells[key] for key in sorted(cells)}
 

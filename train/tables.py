@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from train.results import METRICS, cells_of, names_of, ndcg_of, notes_of
+from train.results import BEFORE, METRICS, cells_of, names_of, ndcg_of, notes_of
 
 
 def format_duration(seconds: float) -> str:
@@ -67,7 +67,7 @@ def format_changes(results: Mapping[str, Any]) -> str:
     tests = ndcg_of(results)
     changes = {
         function: [_change(of, function) for of in tests.values()]
-        for function in dict.fromkeys(label for of in tests.values() for label in of if f"before {label}" in of)
+        for function in dict.fromkeys(label for of in tests.values() for label in of if BEFORE + label in of)
     }
     if not changes:
         return ""
@@ -80,7 +80,7 @@ def format_changes(results: Mapping[str, Any]) -> str:
 
 
 def _change(values: Mapping[str, float], function: str) -> str:
-    before = values.get(f"before {function}")
+    before = values.get(BEFORE + function)
     return "–" if before is None or function not in values else f"{values[function] - before:+.3f}"
 
 
