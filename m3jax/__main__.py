@@ -103,6 +103,7 @@ def _inspect(directory: Path) -> Iterator[str]:
     finished = (directory / shards.FINISHED).is_file()
     found = shards.read_json(directory / shards.FINISHED) if finished else shards.summary(directory)
     if finished:
+        shards.open_embeddings(directory)  # refuses one that has lost shards
         yield f"{directory}: finished"
     else:
         yield f"{directory}: NOT finished; the call that began it goes on where it stopped"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from m3jax import paths, provenance, room, shards
 from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
-from m3jax.encoding import make_plan, run, say_cut
+from m3jax.encoding import make_plan, run, say_cut, whole_number
 from m3jax.model import M3
 from m3jax.shards import COLBERT_DTYPES, ColbertDtype
 from m3jax.tokenization import utf8
@@ -27,6 +27,8 @@ from m3jax.tokenization import utf8
 # A shard with colbert is closed before its vectors could take more than this in float32, if every character were a token:
 # a shard is in memory whole, and 8192 texts of 8192 tokens and width 1024 would be 256 GiB.
 COLBERT_BYTES = 2 << 30
+# Any shard is closed before its texts have more characters than this: five shards of texts may be in memory.
+SHARD_CHARACTERS = 1 << 27
 # Texts that are tokenised to say how much disk the rest will take: the mean length is then within about 6% where the
 # lengths' deviation is their mean, and 256 x 8192 tokens take 2 seconds.
 SAMPLE = 256
@@ -49,10 +51,10 @@ def encode_to(
     shard_texts: int = 8192,
     progress: bool | None = None,
 ) -> Embeddings:
-    """Encode texts into files, in their order, and open them: a corpus of any size, with the memory of two shards.
+    """Encode texts into files, in their order, and open them: a corpus of any size.
 
     While a shard is written, the next is computed and the texts of up to three more are read and tokenised, so that the devices
-    wait for nothing but a disk or a source that is slower than they are.
+    wait for nothing but a disk or a source that is slower than they are. Memory is that of two shards and the texts of five.
 
     The bytes that each output takes are said on stderr first, dense exactly and the others estimated from a sample. What was
     stopped, by a kill, Ctrl-C or a full disk, goes on with the same call: texts whose shards are there are read and compared
@@ -62,8 +64,8 @@ def encode_to(
     checked against the free disk before it begins, others shard by shard. colbert_dtype: what colbert vectors are stored in;
     they are read as float32. "float16" is within 2⁻¹¹ of each number, "int8" within max|x| / 254 of the vector, a quarter of
     float32's bytes. shard_texts: texts of a shard, of which a kill can lose two, one that is written and one that is computed;
-    fewer where colbert would take more than 2 GiB. The other arguments are those of `encode`; batch_tokens may be another when
-    it goes on.
+    fewer where colbert would take more than 2 GiB, or the texts have more than 2²⁷ characters. The other arguments are those
+    of `encode`; batch_tokens may be another when it goes on.
 
     Under jax.distributed every process passes the same texts and one directory that all see. Shards are dealt out by
     process; parameters that span processes make all encode each shard together. The number of processes may change between
@@ -81,13 +83,15 @@ def encode_to(
         raise ValueError(f"encode_to: directory must be on a file system, got {directory}; write to a disk and copy it")
     if colbert_dtype not in COLBERT_DTYPES:
         raise ValueError(f"encode_to: colbert_dtype must be one of {', '.join(COLBERT_DTYPES)}, got {colbert_dtype!r}")
+    shard_texts = whole_number("encode_to: shard_texts", shard_texts)
     if shard_texts < 1:
         raise ValueError(f"encode_to: shard_texts must be at least 1, got {shard_texts}")
     # Refuses what `encode` refuses before anything is written.
     asked: dict[str, Any] = {"dense": dense, "sparse": sparse, "colbert": colbert, "max_length": max_length}
     asked |= {"instruction": instruction, "truncate_dim": truncate_dim, "mcls": mcls}
     plan = make_plan(m3.config, **asked, batch_tokens=batch_tokens)
-    asked["max_length"] = max_length = plan.max_length
+    asked |= {"max_length": plan.max_length, "truncate_dim": plan.asked.width}  # as they are written down
+    max_length = plan.max_length
     directory = Path(directory)
     _begin(directory, provenance.settings(m3, asked, colbert_dtype, shard_texts))
 
@@ -160,6 +164,7 @@ def _begin(directory: Path, settings: dict[str, Any]) -> None:
                     "another directory"
                 )
             shards.write_json(directory / shards.SETTINGS, settings)
+        shards.clear(directory)  # now, as it takes room on the disk
     _wait_for_all("m3jax.encode_to: the directory is there")
     there = shards.read_settings(directory)
     if there is None:
@@ -185,20 +190,23 @@ def _groups(
 ) -> Iterator[_Group]:
     """The texts of each shard, a function of the texts and settings alone; one shard of none where there are none.
 
-    most: tokens that a shard may have, but for a single text. A text counts for as many as it has characters, which are not
-    fewer than its tokens but in rare scripts, and are known without tokenising it twice.
+    A shard has at most SHARD_CHARACTERS and, where it is given, `most` tokens, but for a single text. A text counts for as
+    many tokens as it has characters, which are not fewer but in rare scripts, and are known without tokenising it twice.
     """
     group: list[str] = []
     digest = hashlib.blake2b(digest_size=16)
-    index = start = tokens = 0
+    index = start = tokens = characters = 0
     for row, text in enumerate(texts):
         encoded = utf8(text, f"encode_to: text {row}")
         own = tokens_of(text)
-        if group and (len(group) == shard_texts or (most is not None and tokens + own > most)):
+        too_many = most is not None and tokens + own > most
+        if group and (len(group) == shard_texts or too_many or characters + len(text) > SHARD_CHARACTERS):
             yield _Group(index, start, group, digest.hexdigest())
-            index, start, tokens, group, digest = index + 1, row, 0, [], hashlib.blake2b(digest_size=16)
+            index, start, tokens, characters, group = index + 1, row, 0, 0, []
+            digest = hashlib.blake2b(digest_size=16)
         group.append(text)
         tokens += own
+        characters += len(text)
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     yield _Group(index, start, group, digest.hexdigest())
 

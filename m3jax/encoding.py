@@ -5,6 +5,7 @@ Not here: what users pass and get (embedder.py, corpus.py), how texts share batc
 """
 
 import math
+import operator
 import time
 import warnings
 from collections import deque
@@ -91,8 +92,9 @@ def make_plan(
     batch_tokens: int | None,
 ) -> Plan:
     """The plan of `encode`'s arguments; ValueError where they cannot be followed."""
-    if max_length is None:
-        max_length = config.max_length
+    max_length = config.max_length if max_length is None else whole_number("max_length", max_length)
+    truncate_dim = None if truncate_dim is None else whole_number("truncate_dim", truncate_dim)
+    batch_tokens = None if batch_tokens is None else whole_number("batch_tokens", batch_tokens)
     if not 2 <= max_length <= config.max_length:
         raise ValueError(
             "max_length must leave room for <s> and </s> and fit the position table, "
@@ -120,6 +122,14 @@ def make_plan(
     return Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
 
 
+def whole_number(name: str, value: Any) -> int:
+    """An argument as an int; ValueError where it is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+
+
 def say_cut(cut: int, count: int, max_length: int) -> str:
     """What the warning of texts that were cut says."""
     return f"{cut} of {count} texts are longer than max_length = {max_length} tokens and were cut to it"
@@ -141,7 +151,7 @@ def run(
 
     An error of reading `parts` comes through when what came before is delivered, every other when the next part is read, or at
     once where none is awaited. Ctrl-C returns at once: no batch is started and nothing delivered after it, and a process that
-    then ends does not wait for the batches at work.
+    then ends does not wait for the batches at work, only for the tokens of one text.
     """
     stop = Event()
     device = _Device(m3, plan, stop, deliver, taken_in)
@@ -316,9 +326,9 @@ class _Device:
         return _Batch(window, collected, packing, ids, arrays, results)
 
     def _take_in(self, batch: _Batch) -> None:
-        self._go_on()
-        self._awaited = batch
+        self._awaited = batch  # before anything is raised: what nothing holds is waited for when it is freed
         try:
+            self._go_on()
             self._wait(batch)
             if isinstance(batch.results, Exception):
                 raise batch.results

@@ -40,7 +40,14 @@ class _Shards:
     def gather(self, index: Any, join: Callable[[list[Any]], Any]) -> Any:
         """The rows of a slice, an array of ints or a mask, copied: those of each shard, joined, then in the order asked."""
         rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        if isinstance(index, tuple) or rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iub"):
+            raise IndexError(
+                f"rows are asked for by an int, a slice, a list of ints or a mask, got {index!r:.80}; columns are those of "
+                "the array that this gives"
+            )
         if rows.dtype == bool:
+            if len(rows) != len(self):
+                raise IndexError(f"a mask must have one value for each of {len(self)} rows, got {len(rows)}")
             rows = np.flatnonzero(rows)
         if len(rows) and not -len(self) <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows go from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}")

@@ -13,6 +13,7 @@ texts each; and `finished.json`, written last. Every array is a .npy file that N
     shard.json                  numbers of texts and bytes, and the digest of the texts
 """
 
+import errno
 import json
 import os
 import shutil
@@ -110,13 +111,14 @@ def write_shard(
                 os.fsync(file.fileno())
         write_json(partial / SHARD, record)
         _sync(partial)
-        try:
-            partial.rename(directory / _name(index))
-        except OSError as error:
-            raise ValueError(
-                f"{directory}: {_name(index)} cannot be put in place ({error.strerror}); does another run write here?"
-            ) from error
+        partial.rename(directory / _name(index))
         _sync(directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        raise ValueError(
+            f"{directory}: {_name(index)} cannot be written ({error.strerror}); does another run write here?"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return record
@@ -153,10 +155,17 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
 
 def finish(directory: Path, **record: Any) -> None:
     """Write finished.json from the records of shards 0, 1, …, all of which must be there; what was begun beside them goes."""
-    for left in directory.glob("partial-*"):
-        shutil.rmtree(left, ignore_errors=True)  # of a shard
-        left.unlink(missing_ok=True)  # of a JSON file
+    clear(directory)
     write_json(directory / FINISHED, summary(directory) | record)
+
+
+def clear(directory: Path) -> None:
+    """Remove what a kill left half written."""
+    for left in directory.glob("partial-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)  # of a shard
+        else:
+            left.unlink(missing_ok=True)  # of a JSON file
 
 
 def summary(directory: Path) -> dict[str, Any]:

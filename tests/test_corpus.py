@@ -232,6 +232,8 @@ def test_bad_arguments(m3, tmp_path):
         ({"shard_texts": 0}, ValueError, "shard_texts must be at least 1, got 0"),
         ({"colbert_dtype": "int4"}, ValueError, "colbert_dtype must be one of float16, int8, float32, got 'int4'"),
         ({"max_length": 99}, ValueError, "2 to 38, got 99"),
+        ({"max_length": 4.5}, ValueError, "max_length must be a whole number, got 4.5"),
+        ({"shard_texts": 4.5}, ValueError, "shard_texts must be a whole number, got 4.5"),
         ({"dense": False, "sparse": False}, ValueError, "must give something"),
     ):
         with pytest.raises(error, match=message):
@@ -241,6 +243,8 @@ def test_bad_arguments(m3, tmp_path):
     with pytest.raises(ValueError, match="must be on a file system, got gs://bucket/x"):
         m3jax.encode_to("gs://bucket/x", m3, TEXTS)
     assert not list(tmp_path.iterdir())
+    numbers = {"max_length": np.int64(9), "truncate_dim": np.int64(4), "shard_texts": np.int64(2)}
+    m3jax.encode_to(tmp_path / "x", m3, ["a"], **numbers)
 
 
 def test_a_bad_text_is_named_by_its_place_in_the_corpus(m3, tmp_path, whole):
@@ -280,6 +284,29 @@ def test_an_iterator_is_checked_shard_by_shard(m3, tmp_path, whole, monkeypatch)
     monkeypatch.undo()
     m3jax.encode_to(tmp_path / "x", m3, iter(TEXTS), **SMALL)
     assert files(tmp_path / "x") == whole
+
+
+def test_a_shard_is_closed_by_its_characters(m3, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "SHARD_CHARACTERS", 60)
+    texts = ["a" * length for length in (20, 30, 10, 1, 99, 59, 1)]
+    with pytest.warns(UserWarning, match="longer than max_length"):
+        m3jax.encode_to(tmp_path / "x", m3, texts)
+    assert json.loads(files(tmp_path / "x")["finished.json"])["shards"] == [3, 1, 1, 2]
+
+
+def test_what_a_kill_left_half_written_goes_at_once(m3, tmp_path):
+    """Not in the end: it takes room on the disk."""
+
+    def some():
+        yield from TEXTS[:10]
+        raise OSError
+
+    for _ in range(2):
+        with pytest.raises(OSError):
+            m3jax.encode_to(tmp_path / "x", m3, some(), **SMALL)
+        assert not list((tmp_path / "x").glob("partial-*"))
+        (tmp_path / "x" / "partial-00000002-deadbeef").mkdir()
+        (tmp_path / "x" / "partial-settings.json-deadbeef").touch()
 
 
 def test_a_shard_with_colbert_is_closed_by_its_size(m3, tmp_path, monkeypatch):

@@ -166,6 +166,9 @@ def test_inspect(m3, model, tmp_path, capsys):
     assert shown.startswith(f"{out}: finished\ntexts    5 in 3 shards, 1 of") and sizes == sum(on_disk) - 128 * len(
         on_disk
     )
+    (out / "shard-00000001").rename(tmp_path / "lost")
+    with pytest.raises(SystemExit, match="3 shards were finished, but 1 are not there"):
+        program.main(["inspect", str(out)])
     for path in (tmp_path, tmp_path / "none", Path(model)):
         with pytest.raises(SystemExit, match=f"error: {path}: expected a directory that m3jax.encode_to wrote"):
             program.main(["inspect", str(path)])

@@ -83,6 +83,17 @@ def test_one_row(memory, disk, row):
     assert one.single and one.lexical_weights == memory[row].lexical_weights
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [((3, 5), "got \\(3, 5\\)"), ([1.7], "got \\[1.7\\]"), ([[1, 2]], "got"), (None, "got None"), ((slice(3), 2), "columns"),
+     (np.array([True, False]), "a mask must have one value for each of 17 rows, got 2")],
+)  # fmt: skip
+def test_what_is_no_row_is_refused(disk, index, message):
+    for part in (disk.dense_vecs, disk.sparse):
+        with pytest.raises(IndexError, match=message):
+            part[index]
+
+
 def test_past_the_end_and_iteration(memory, disk):
     for part in (disk, disk.dense_vecs, disk.sparse, disk.colbert_vecs):
         assert len(part) == 17
@@ -200,7 +211,7 @@ def test_a_shard_is_never_half_there(tmp_path, memory, monkeypatch):
         shards.write_shard(tmp_path, 0, memory, colbert_dtype="int8", cut=0, digest="")
     assert list(tmp_path.iterdir()) == []
     shards.write_shard(tmp_path, 0, memory, colbert_dtype="int8", cut=0, digest="")
-    with pytest.raises(ValueError, match=r"shard-00000000 cannot be put in place .*; does another run write here"):
+    with pytest.raises(ValueError, match=r"shard-00000000 cannot be written .*; does another run write here"):
         shards.write_shard(tmp_path, 0, memory, colbert_dtype="int8", cut=0, digest="")
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00000000"]
 

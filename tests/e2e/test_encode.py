@@ -97,15 +97,18 @@ def test_two_processes(model, texts, expected, tmp_path):
 
 
 LONG_BATCHES = """
-import sys, m3jax
+import os, signal, sys, time, m3jax
 from m3jax import __main__, encoding
-model, texts, out, by = sys.argv[1:]
+model, texts, out, by, when = sys.argv[1:]
 forward = encoding.forward
 
 def told(*args):
     results = forward(*args)
     if args[2].ids.shape[1] > 1000:
         print("a batch is at work", flush=True)
+        if when == "as the last one starts":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
     return results
 
 encoding.forward = told
@@ -116,22 +119,33 @@ else:
 """
 
 
-@pytest.mark.parametrize("by", ["encode", "encode_to"])
-def test_a_process_ends_at_once_when_interrupted(tiny_tokenizer, tmp_path, by):
+@pytest.mark.parametrize(
+    ("by", "when"), [("encode", "later"), ("encode_to", "later"), ("encode", "as the last one starts")]
+)
+def test_a_process_ends_at_once_when_interrupted(tiny_tokenizer, tmp_path, by, when):
     """While batches are at work that take many times as long, in more layers than XLA lets wait on CPU."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 24, "num_attention_heads": 8, "intermediate_size": 128}
     m3jax.save(random_model(tiny_tokenizer, **sizes, colbert_dim=8), tmp_path / "model")
-    (tmp_path / "texts").write_text("\n".join(["the fox", *["a " * 8000] * 20]))
-    arguments = [sys.executable, "-c", LONG_BATCHES, *(str(tmp_path / name) for name in ("model", "texts", "out")), by]
+    (tmp_path / "texts").write_text("\n".join(["the fox", *["a " * 8000] * (20 if when == "later" else 1)]))
+    arguments = [
+        sys.executable,
+        "-c",
+        LONG_BATCHES,
+        *(str(tmp_path / name) for name in ("model", "texts", "out")),
+        by,
+        when,
+    ]
     running = subprocess.Popen(
         [*HEEDING, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert running.stdout.readline() == "a batch is at work\n", running.stderr.read()
-        time.sleep(1)
-        assert running.poll() is None
         start = time.monotonic()
-        running.send_signal(signal.SIGINT)
+        if when == "later":
+            time.sleep(1)
+            assert running.poll() is None
+            start = time.monotonic()
+            running.send_signal(signal.SIGINT)
         out, error = running.communicate(timeout=120)
         assert time.monotonic() - start < 6  # one batch took 36 s on busy cores, this 2 s
     finally:
