@@ -9,9 +9,9 @@ XLM-R's), both are made here. The weights are random: speed does not depend on t
 
 Each contestant lives in a process of its own, holding its own weights (24x1024: 20 GB for all; --only takes fewer); in every
 round (--repeats) each computes all texts once, one at a time, so that what else the machine does falls on all alike. Medians
-are compared. m3jax chooses its batches itself; the others get the best of batch size 1, 8, 32, 256, found on an eighth of the
-texts, as far as the texts make at least 8 batches (FlagEmbedding computes the first of each call twice, which counts against
-it in the measured rounds as it does in use, and not in the search).
+are compared. m3jax chooses its batches itself; the others get the best of batch size 1, 8, 32, 256, found on a batch (of 8
+texts and more) of middling length, as far as the texts make at least 8 batches: 2,048 texts for all sizes (FlagEmbedding
+computes the first of each call twice, which counts against it in the measured rounds as it does in use, and not in the search).
 
 Columns: tokens/s, real tokens only; × Flag and × other, how many times faster than FlagEmbedding, and than the fastest of as
 many bits that is not m3jax; spread, (slowest − fastest round) / median; batch size; padding of what m3jax computes; GiB, peak
@@ -91,7 +91,7 @@ def compare(mix: str, given: argparse.Namespace) -> None:
                 else:
                     sizes[name] = best_batch_size(worker, texts, lengths)
                     if not sizes[name]:
-                        padding[name] = worker.ask("padding_share", lengths)
+                        padding[name] = worker.ask("padding_share", texts, lengths)
                         first[name], _ = worker.ask("run", texts, 0)
             except Failed as why:
                 print(f"not measured: {why}", flush=True)
