@@ -32,8 +32,9 @@ def get_config() -> ConfigDict:
     config.tokenizer = ""  # a tokenizer.json, for random weights; "" is the demo's own where data.train is "cldr"
 
     config.data = ConfigDict()
-    # JSONL files {"query", "pos", "neg"} or folders of them, separated by commas, each a dataset; "cldr" is the embedded demo
-    # set. Rows of a dataset whose name ends in no_in_batch_neg are trained on their own passages alone.
+    # JSONL files {"query", "pos", "neg"} or folders of them, separated by commas, each a dataset; tfds:NAME is one of TFDS
+    # whose features have these names (train/data/tfds_sets.py), "cldr" the embedded demo set. Rows of a dataset whose name
+    # ends in no_in_batch_neg are trained on their own passages alone.
     # In stage 1 plain texts: .jsonl {"text"}, .txt (a text a line), folders of them, "cldr", or tfds:NAME with a
     # feature `text`.
     config.data.train = ""

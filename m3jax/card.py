@@ -20,6 +20,7 @@ def make_card(
     *,
     name: str | None = None,
     base_model: str | None = None,
+    untrained: Sequence[str] = (),
     languages: Sequence[str] = (),
     training: Mapping[str, str] | None = None,
     measured: Scores | None = None,
@@ -28,7 +29,8 @@ def make_card(
 ) -> str:
     """The text of README.md, which ends in a mark that `is_ours` knows it by.
 
-    parameters: their number. base_model: a name on the hub. languages: ISO 639 codes. training: a table, setting → value.
+    parameters: their number. base_model: a name on the hub. untrained: the
+    functions that training left out. languages: ISO 639 codes. training: a table, setting → value.
     measured: of this model, by function; these are the results of the front matter too. compared: other rows of the same
     table (BM25, the parent). notes: lines below it. Every text is free: it is quoted for YAML and for Markdown, on one line.
     """
@@ -69,6 +71,11 @@ def make_card(
         f"{config.max_length:,} tokens a dense vector of {config.hidden_size} numbers, sparse (lexical) weights of its terms, "
         f"and colbert vectors, {config.colbert_dim} numbers for each token.",
     ]
+    if untrained:
+        parts.append(
+            f"Training left out {' and '.join(untrained)}: use what these give only if the model that it started from had been "
+            "trained for it."
+        )
     if base_model:
         parts.append(f"Fine-tuned from [{_plain(base_model)}](https://huggingface.co/{base_model}).")
     if rows := {**measured, **(compared or {})}:

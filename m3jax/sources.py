@@ -20,18 +20,19 @@ def read(
     revision: str | None = None,
     heads: Literal["require", "init"] = "require",
     colbert_dim: int | None = None,
+    seed: int = 0,
     sharding: Any = None,
 ) -> tuple[M3Config, Params, Tokenizer]:
     """Config, parameters and tokenizer of a model wherever it is, in the dtype stored.
 
     Parameters of a checkpoint are JAX arrays, placed by `sharding` as in checkpoint.read; those of a released directory are
-    views of its mapped files (weights.read, which `heads` and `colbert_dim` are for). Raises ValueError as these and hub.fetch
-    do.
+    views of its mapped files (weights.read, which `heads`, `colbert_dim` and `seed` are for). Raises ValueError as these and
+    hub.fetch do.
     """
     with local(source, revision=revision) as directory:
         if checkpoint.is_checkpoint(directory):
             return checkpoint.read(directory, sharding=sharding)
-        return weights.read(directory, heads=heads, colbert_dim=colbert_dim)
+        return weights.read(directory, heads=heads, colbert_dim=colbert_dim, seed=seed)
 
 
 def read_lm_head(directory: Path, config: M3Config) -> Params | None:

@@ -63,7 +63,11 @@ def torch_name(path: str) -> str:
 
 
 def read(
-    directory: str | Path, *, heads: Literal["require", "init"] = "require", colbert_dim: int | None = None
+    directory: str | Path,
+    *,
+    heads: Literal["require", "init"] = "require",
+    colbert_dim: int | None = None,
+    seed: int = 0,
 ) -> tuple[M3Config, Params, Tokenizer]:
     """Config, parameters and tokenizer of a local released directory.
 
@@ -73,8 +77,8 @@ def read(
     `sparse_linear.pt` and `colbert_linear.pt`, or from the safetensors where they are there under `sparse_linear.*` and
     `colbert_linear.*`. Of a masked-language-model file the encoder is taken, and a warning names the head that is not
     (`read_lm_head`); a warning also names what a sentence-transformers export does that M3's dense function, the normalised
-    CLS state, does not (a mean over tokens, a further layer). heads="init" draws heads that are missing at random (the same
-    each time), a colbert head of width `colbert_dim` where that is given.
+    CLS state, does not (a mean over tokens, a further layer). heads="init" draws heads that are missing at random (from
+    `seed`), a colbert head of width `colbert_dim` where that is given.
 
     Raises ValueError on a file that is missing or broken, and one that lists every tensor missing, left over or misshapen.
     """
@@ -143,7 +147,7 @@ def read(
     if without:
         raise ValueError(f"{directory}: {without}")
     if absent:
-        drawn = flatten(init(dataclasses.replace(config, vocab_size=4, num_hidden_layers=1), jax.random.key(0)))
+        drawn = flatten(init(dataclasses.replace(config, vocab_size=4, num_hidden_layers=1), jax.random.key(seed)))
         params |= {p: np.asarray(x) for p, x in drawn.items() if any(f"/{head}/" in p for head in absent)}
     tokenizer = Tokenizer.from_file(_file(directory, "tokenizer.json"))
     return config, unflatten(params), tokenizer

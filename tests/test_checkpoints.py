@@ -237,6 +237,24 @@ def test_the_best_one_is_kept_too(model, params, tiny_tokenizer, tmp_path):
     assert steps(tmp_path) == [11]
 
 
+def test_the_last_one_is_given_its_scores_later(model, params, tiny_tokenizer, tmp_path):
+    """And is not written again meanwhile: a kill would leave none."""
+    arguments = {"keep": 1, "best": "dev/all/ndcg", "settings": SETTINGS}
+    with Checkpoints(tmp_path, **arguments) as saved:
+        saved.save(model, tiny_tokenizer, new_state(params), 3)
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "3").rglob("*") if path.is_file()}
+    with Checkpoints(tmp_path, **arguments) as saved:
+        assert not saved.measured
+        saved.add_scores({"dev/all/ndcg": 0.5})
+        assert saved.measured and saved.best == (3, 0.5)
+        saved.save(model, tiny_tokenizer, new_state(params), 4, {"dev/all/ndcg": 0.4})
+        saved.save(model, tiny_tokenizer, new_state(params), 5)
+    assert steps(tmp_path) == [3, 5]  # the best stays
+    assert there.items() <= {path: path.stat().st_mtime_ns for path in (tmp_path / "3").rglob("*")}.items()
+    with Checkpoints(tmp_path, **arguments) as saved:
+        assert saved.best == (3, 0.5) and not saved.measured
+
+
 @pytest.fixture
 def store(monkeypatch):
     with bucket(monkeypatch) as objects:

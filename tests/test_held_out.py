@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import train.data.held_out
 from train.data.builders import prepare
 from train.data.held_out import MOST_PASSAGES, hold_out
 from train.data.rows import own_group
@@ -79,6 +80,36 @@ def test_names_that_mean_something_and_gzip_are_kept(tmp_path, tiny_tokenizer):
     assert own_group(train) and all(text.startswith("find: a ") for text in read_task(folder).queries.values())
     source = prepare([train], tiny_tokenizer, data_dir=tmp_path / "rows", query_max_length=16, passage_max_length=16)
     assert len(source) == 18 and source.datasets[0].own_group
+
+
+def test_a_renamed_file_is_another(tmp_path):
+    """What is found again has the name that the path has, that of a link too."""
+    path = rows_file(tmp_path / "rows.jsonl", twenty())
+    hold_out([path], tmp_path / "data", share=0.1, seed=0)
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "x_no_in_batch_neg.jsonl"
+    link.symlink_to(path)
+    (train,), _ = hold_out([link], tmp_path / "data", share=0.1, seed=0)
+    assert own_group(train) and len(read(train)) == 18
+    for other in (path.rename(tmp_path / "folder" / "renamed.jsonl"), tmp_path / "folder"):
+        (train,), _ = hold_out([other], tmp_path / "data", share=0.1, seed=0)
+        assert train.name == other.name and train.exists()
+
+
+def test_one_that_is_there_already_stays(tmp_path, monkeypatch):
+    """Another run wrote it meanwhile."""
+    path = rows_file(tmp_path / "rows.jsonl", twenty())
+    write = train.data.held_out._write
+
+    def slowly(*arguments):
+        monkeypatch.undo()
+        found.extend(hold_out([path], tmp_path / "data", share=0.1, seed=0))
+        write(*arguments)
+
+    found = []
+    monkeypatch.setattr("train.data.held_out._write", slowly)
+    assert [*hold_out([path], tmp_path / "data", share=0.1, seed=0)] == found and read(found[0][0])
+    assert not list((tmp_path / "data").glob("*.partial"))
 
 
 def test_passages_are_filled_up_to_a_bound(tmp_path, monkeypatch):

@@ -237,6 +237,13 @@ def test_types_bring_what_they_say():
             assert passages[0] == query
 
 
+def test_fill_takes_several_positives_of_a_row_where_rows_are_few():
+    source = Memory([3] * 5, [0] * 5)
+    for batch in batches(source, stop=5, groups=[LengthGroup(8, 4)], group_size=8):
+        keys = [{tuple(key) for key in row.tolist()} for row in batch.passage_identity.reshape(4, 8, 2)]
+        assert [len(row) for row in keys] == [8] * 4
+
+
 def test_places_without_a_passage_are_texts_of_no_term():
     source = Memory([1] * 4, [1, 3, 3, 3], kinds="symmetric_class")
     (batch,) = batches(source, groups=[LengthGroup(8, 4)], stop=1)

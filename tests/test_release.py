@@ -18,6 +18,7 @@ SETTINGS = {"seed": 7, "init_from": "", "learning_rate": 1e-5, "length_groups": 
 
 def results(init_from="", data="rows.jsonl", **more):
     config = {"init_from": init_from, "data": {"train": data}, "query_max_length": 8, "passage_max_length": 16}
+    config["functions"] = ("dense", "sparse", "colbert")
     return {"name": "tiny", "config": config, "parameters": 1000, "rows": 12345} | more
 
 
@@ -44,6 +45,13 @@ def test_settings_data_and_start():
     }
     assert not {"base_model", "language", "datasets", "license", "model-index"} & set(front)
     assert "# tiny\n" in text and "## Results" not in text
+
+
+def test_what_training_left_out_is_said():
+    given = results()
+    assert "left out" not in card(given)[2]
+    given["config"]["functions"] = ("dense",)
+    assert "Training left out sparse and colbert: use what these give only if the model" in card(given)[2]
 
 
 def test_a_parent_of_the_hub_and_one_of_this_machine(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What a run starts from; whole runs that refuse to start are in e2e/test_train.py."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from configs import base
 from m3jax.config import M3Config
 from m3jax.model import M3, cast, init
 from tests.small_run import small_config
-from train.start import check, read_rows, start_model, with_length_groups
+from train.start import check, read_rows, start_model, with_length_groups, with_steps
 
 
 def test_a_batch_divides_by_the_devices():
@@ -64,6 +65,11 @@ def test_self_distillation_that_never_starts_is_said(recwarn):
     config.steps = config.distill_start = 1000
     with pytest.warns(UserWarning, match="distill_start = 1000 is not reached in 1000 steps"):
         check(config)
+    config.update(steps=0, epochs=2)
+    check(config)  # not known yet
+    batches = SimpleNamespace(streams=[SimpleNamespace(batches_a_round=500)])
+    with pytest.warns(UserWarning, match="distill_start = 1000 is not reached in 1000 steps"):
+        assert with_steps(config, batches).steps == 1000
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -97,6 +103,9 @@ def test_a_model_to_go_on_with_is_float32_in_host_memory(tiny_tokenizer, tmp_pat
             ("dense",),
             "distill_start = 6000 with dense alone, which has no hybrid to learn from; expected -1",
         ),
+        ("heads", "requir", r"heads = 'requir', expected one of \('require', 'init'\)"),
+        ("output", "gs://bucket/run", "output = 'gs://bucket/run', expected a local folder"),
+        ("data.folder", "gs://bucket/data", "data.folder = 'gs://bucket/data', expected a local folder"),
         ("frozen", ("dense",), r"frozen = \('dense',\), expected some of"),
         ("frozen", ("encoder", "sparse", "colbert"), "frozen = .*, which leaves nothing to train"),
         ("accumulate", 0, "accumulate = 0, expected at least 1"),

@@ -13,8 +13,12 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 
 import tensorflow_datasets as tfds
 
+from configs import base
+from train.data.rows import check_files
 from train.data.streams import LengthGroup
 from train.data.texts import TextBatches, prepare_texts
+from train.data.tfds_sets import rows_file
+from train.start import data_paths
 
 TEXTS = [f"fox {'river ' * (n % 5)}house" for n in range(10)]
 
@@ -68,6 +72,57 @@ class Fables(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         yield from ((n, {"text": text, "year": n}) for n, text in enumerate(TEXTS[:4]))
+
+
+class Riddles(Fables):
+    """Training rows as a TFDS data set: `pos` is one text, `neg` several; and `text` is no text."""
+
+    def _info(self):
+        texts = tfds.features.Sequence(tfds.features.Text())
+        features = {
+            "query": tfds.features.Text(),
+            "pos": tfds.features.Text(),
+            "neg": texts,
+            "text": texts,
+            "id": np.int64,
+        }
+        features["pos_scores"] = features["neg_scores"] = tfds.features.Sequence(np.float32)
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _generate_examples(self):
+        for n in range(5):
+            row = {"query": f"what {n}", "pos": f"fox {n}", "neg": ["dog", "house"][: n % 3], "text": ["a"], "id": n}
+            yield n, row | {"pos_scores": [0.5], "neg_scores": [0.25, 0.125][: n % 3]}
+
+
+def test_rows_of_a_tfds_name(tmp_path):
+    path = rows_file("tfds:riddles", tmp_path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["query"] for row in rows] == [f"what {n}" for n in range(5)]
+    assert rows[2] == {
+        "query": "what 2",
+        "pos": ["fox 2"],
+        "neg": ["dog", "house"],
+        "pos_scores": [0.5],
+        "neg_scores": [0.25, 0.125],
+    }
+    check_files([path])
+    config = base.get_config()
+    config.data.update(train="tfds:riddles", folder=str(tmp_path))
+    assert data_paths(config).train == [path]
+    before = path.stat().st_mtime_ns
+    assert rows_file("tfds:riddles", tmp_path) == path and path.stat().st_mtime_ns == before
+    with pytest.raises(
+        ValueError, match="tfds:fables: the features `query`, `pos` are read; the data set has text, year"
+    ):
+        rows_file("tfds:fables", tmp_path)
+
+
+def test_a_feature_that_is_no_text_is_refused(prepared):
+    with pytest.raises(ValueError, match=r"tfds:riddles#0: `text` must be a str; \[\"a\"\] came"):
+        prepared("tfds:riddles")
 
 
 def test_a_tfds_name(prepared, tiny_tokenizer):

@@ -154,6 +154,7 @@ def test_heads_can_be_drawn(m3, saved):
     kernel = one[1]["heads"]["sparse_linear"]["kernel"]
     assert kernel.shape == (16, 1) and kernel.any() and not one[1]["heads"]["sparse_linear"]["bias"].any()
     jax.tree.map(np.testing.assert_array_equal, one[1], two[1])  # the same each time
+    assert (read(saved, heads="init", seed=1)[1]["heads"]["sparse_linear"]["kernel"] != kernel).all()
     np.testing.assert_array_equal(
         one[1]["heads"]["colbert_linear"]["kernel"], m3.params["heads"]["colbert_linear"]["kernel"]
     )

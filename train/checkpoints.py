@@ -17,9 +17,10 @@ from orbax.checkpoint import checkpoint_managers as policy
 from m3jax import checkpoint
 from m3jax.config import M3Config
 from m3jax.tokenization import Tokenizer
+from train.processes import is_first, wait_for_all
 from train.step import TrainState
 
-_OPTIMIZER, _RUN = "optimizer", "run"
+_OPTIMIZER, _RUN, _SCORES = "optimizer", "run", "metrics"  # folders of a step; the last is named by Orbax
 
 
 class Checkpoints:
@@ -42,7 +43,7 @@ class Checkpoints:
         )
         self._directory = checkpoint.place(directory)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._measure = best
+        self._measure, self._keep = best, keep
         # The best step and its score, None before there is one. Orbax would read it from a step that is still being written.
         self.best: tuple[int, float] | None = None
         found = self._manager.best_step() if best else None
@@ -94,12 +95,22 @@ class Checkpoints:
         if scores and self.is_best(scores):
             self.best = step, scores[self._measure]
 
-    def add_scores(
-        self, model: M3Config, tokenizer: Tokenizer, state: TrainState, step: int, scores: Mapping[str, float]
-    ) -> None:
-        """Save `state`, which is the last step's, once more with its scores, as it was stopped before they were there."""
-        self._manager.delete(step)
-        self.save(model, tokenizer, state, step, scores)
+    def add_scores(self, scores: Mapping[str, float]) -> None:
+        """Give the last step, which was stopped before they were there, its scores, where Orbax looks for them."""
+        step = self.last
+        assert step is not None
+        if is_first():
+            folder = self._directory / str(step) / _SCORES
+            folder.mkdir(exist_ok=True)
+            partial = folder / f"{_SCORES}.partial"
+            partial.write_text(json.dumps(dict(scores)))
+            partial.replace(folder / _SCORES)
+        wait_for_all("m3jax: the scores of the last step are there")
+        self._manager.reload()
+        if self.is_best(scores):
+            if self.best and self.best[0] not in sorted(self._manager.all_steps())[-self._keep :]:
+                self._manager.delete(self.best[0])  # as the next save would
+            self.best = step, scores[self._measure]
 
     def check(self, model: M3Config) -> None:
         """ValueError where the last checkpoint is of another model or other settings."""

@@ -3,8 +3,11 @@
 What a row must hold is said where it is used: data/rows.py, tasks.py, results.py.
 """
 
+import contextlib
 import gzip
 import json
+import shutil
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -74,6 +77,22 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_once(folder: Path) -> Iterator[Path]:
+    """A place to write a folder in, which is moved to `folder` when the block ends well; where another process was first, its
+    folder stays."""
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

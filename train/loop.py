@@ -106,7 +106,7 @@ def run_steps(
                 with preemption.at_once():
                     scores = measure(_model(m3, state))
                 log.write(first, scores)
-                saved.add_scores(m3.config, m3.tokenizer, state, first, scores)
+                saved.add_scores(scores)
             for done, rows in enumerate(prefetch(batches, first, config.steps), first + 1):
                 batch = placed(rows, mesh)
                 meter.begin(batch)

@@ -17,6 +17,7 @@ from train.console import say
 from train.data.streams import Shape, Stream
 from train.flops import matrix_rate, step_flops
 from train.optimizer import make_optimizer
+from train.processes import first_then_others
 from train.start import data_paths, read_sets, start_data, start_model
 from train.step import make_step
 from train.tables import format_duration
@@ -25,10 +26,11 @@ from train.tables import format_duration
 def plan(config: Config) -> dict[str, Any]:
     """Say what the run of `config` takes on the devices here, and return the numbers that `format_plan` shows.
 
-    Every text is tokenised, and every step of the run compiled, as the run would. Raises ValueError as the run would.
+    Every text is tokenised, and of each length group the step of the longest queries compiled. Raises ValueError as the run
+    would.
     """
-    data = data_paths(config)
-    dev, _ = read_sets(data)
+    data = first_then_others(lambda: data_paths(config), "write what is made of the data")
+    dev, _ = first_then_others(lambda: read_sets(data), "read the sets that measure")
     m3 = start_model(config, values=False)
     config, mesh, source, batches = start_data(config, data.train, m3)
     optimizer, fixed = make_optimizer(config), FrozenConfigDict(config)

@@ -25,6 +25,7 @@ from train import Config
 from train.console import say
 from train.data.streams import LengthGroup
 from train.data.texts import TextBatches, Texts, prepare_texts
+from train.data.tfds_sets import PREFIX
 from train.files import write_json
 from train.loop import Clock, hardware, run_steps, versions
 from train.optimizer import make_optimizer
@@ -61,6 +62,9 @@ _OF_OTHER_STAGES = {
     "data.same_dataset": True,
     "matryoshka.dense": (),
     "matryoshka.colbert": (),
+    "learning_rate_scale.sparse": 1.0,
+    "learning_rate_scale.colbert": 1.0,
+    "heads": "require",
 }
 
 
@@ -82,6 +86,10 @@ def _check(config: Config) -> None:
         value = functools.reduce(operator.getitem, key.split("."), config)
         if value != nothing:
             wrong.append(f"{key} = {value!r}, which is of the later stages alone; expected {nothing!r}")
+    if {*config.frozen} - {"positions"}:
+        wrong.append(
+            f"frozen = {config.frozen}; expected () or ('positions',): stage 1 trains the encoder and has no heads"
+        )
     if not 0 < config.encoder_mask <= 1:
         wrong.append(f"encoder_mask = {config.encoder_mask}, expected a share above 0, at most 1")
     if not 0 <= config.decoder_seen <= 1:
@@ -215,13 +223,13 @@ def _describe(config: Config, m3: M3, texts: Texts, mesh: Mesh) -> str:
 
 
 def _texts(config: Config, m3: M3, named: str) -> Texts:
-    paths = [path if path.startswith("tfds:") else str(path_of(config, path)) for path in listed(named)]
-    return first_then_others(
-        lambda: prepare_texts(
+    def prepare() -> Texts:
+        paths = [path if path.startswith(PREFIX) else str(path_of(config, path)) for path in listed(named)]
+        return prepare_texts(
             paths, m3.tokenizer, data_dir=Path(config.data.folder), max_length=config.passage_max_length
-        ),
-        "tokenise the texts",
-    )
+        )
+
+    return first_then_others(prepare, "tokenise the texts")
 
 
 def _start(config: Config) -> M3:

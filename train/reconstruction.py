@@ -105,6 +105,11 @@ class HeldOut:
     ):
         self._texts, self._groups, self._mesh, self._look = texts, groups, mesh, look
         self._pad_id = model.pad_token_id
+        if texts.lengths.max() > groups[-1].max_length:
+            raise ValueError(
+                f"data.dev: held-out texts have up to {texts.lengths.max()} token ids, the length groups end at "
+                f"{groups[-1].max_length}. Add a group, or lower passage_max_length."
+            )
         one = Targets(jax.numpy.int32(1), jax.numpy.int32(1))
 
         @jax.jit

@@ -11,6 +11,7 @@ from typing import Any
 from m3jax import hub
 from m3jax.card import make_card
 from m3jax.config import M3Config
+from m3jax.losses import PARTS
 from m3jax.retrieval import FUNCTIONS
 from train.data import cldr
 from train.results import BEFORE, METRICS, cells_of, notes_of
@@ -46,6 +47,7 @@ def card_of_run(model: M3Config, results: Mapping[str, Any], settings: Mapping[s
         results["parameters"],
         name=results["name"],
         base_model=start if hub.is_name(start) else None,
+        untrained=[function for function in PARTS if function not in config["functions"]],
         languages=cldr.LANGUAGES if all(demo) else (),
         training=training,
         measured={row: tests for row, tests in cells.items() if row in FUNCTIONS},

@@ -28,11 +28,12 @@ from m3jax.xlm_roberta import Remat
 from train import Config
 from train.checkpoints import settings_of
 from train.console import describe, say
-from train.data import cldr
+from train.data import cldr, tfds_sets
 from train.data.builders import RowSource, prepare
 from train.data.held_out import hold_out
 from train.data.pipeline import Batches
 from train.data.streams import LengthGroup
+from train.files import written_once
 from train.objective import OBJECTIVES, TEACHERS, measured_functions
 from train.processes import first_then_others, rows_held
 from train.results import METRICS
@@ -70,6 +71,7 @@ def check(config: Config) -> None:
                 ("teacher", TEACHERS),
                 ("remat", get_args(Remat)),
                 ("dtype", ("float32", "bfloat16")),
+                ("heads", ("require", "init")),
             )
         ),
     )
@@ -111,6 +113,11 @@ def check(config: Config) -> None:
             f"checkpoints = {config.checkpoints!r}, expected a local folder or gs://…, the one store where Orbax marks "
             "a checkpoint as whole; it renames in others, s3:// too, which is no single act there: write to a disk, and copy"
         )
+    wrong += [
+        f"{key} = {value!r}, expected a local folder (checkpoints may lie in gs://…)"
+        for key, value in (("output", config.output), ("data.folder", config.data.folder))
+        if paths.is_url(value)
+    ]
     trained = [PARTS.index(function) for function in config.functions if function in PARTS]
     for key in ("loss_weights", "hybrid_weights")[: len(trained)]:  # one function has no hybrid
         if _three_from_0_or_none(config[key]) and config[key] and not any(config[key][place] for place in trained):
@@ -123,11 +130,16 @@ def check(config: Config) -> None:
         ]
     if wrong:
         raise ValueError("settings that no run can have: " + "; ".join(wrong))
-    if config.steps and config.distill_start >= config.steps:
+    if config.steps:
+        _warn_of_distill_start(config)
+
+
+def _warn_of_distill_start(config: Config) -> None:
+    if config.distill_start >= config.steps:
         warnings.warn(
             f"distill_start = {config.distill_start} is not reached in {config.steps} steps: this run is without "
             "self-distillation. Lower it, or say so with --config.distill_start=-1.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -144,7 +156,10 @@ def listed(paths: str) -> list[str]:
 
 
 def path_of(config: Config, path: str) -> Path:
-    """A path of the config; those under "cldr" lie in the embedded demo set, which is written on first use."""
+    """A path of the config; those under "cldr" lie in the embedded demo set, which is written on first use, and rows of
+    "tfds:NAME" are written as a file."""
+    if path.startswith(tfds_sets.PREFIX):
+        return tfds_sets.rows_file(path, Path(config.data.folder))
     if path.split("/")[0] != _DEMO:
         return Path(path)
     # One folder for each version of what writes it, and each seed; a folder is there when it is complete.
@@ -153,9 +168,8 @@ def path_of(config: Config, path: str) -> Path:
     folder = Path(config.data.folder) / f"{_DEMO}-{hashlib.blake2b(made_by, digest_size=4).hexdigest()}-{config.seed}"
     if not folder.exists():
         say("writing the embedded demo set …")
-        partial = folder.with_name(folder.name + ".partial")
-        cldr.write_demo(partial, seed=config.seed)
-        partial.rename(folder)
+        with written_once(folder) as partial:
+            cldr.write_demo(partial, seed=config.seed)
     rows = "texts.jsonl" if config.stage == "retromae" else "train.jsonl"
     return folder / (path.removeprefix(_DEMO).removeprefix("/") or rows)
 
@@ -174,7 +188,7 @@ def data_paths(config: Config) -> DataPaths:
     What is not there yet is written. Called once a run: it reads the training files, which may be others later.
     """
     if not config.data.train:
-        raise ValueError('data.train names the training rows, JSONL files or folders, or "cldr"; got ""')
+        raise ValueError('data.train names the training rows, JSONL files or folders, tfds:NAME, or "cldr"; got ""')
     train, tests = (
         [path_of(config, path) for path in listed(paths)] for paths in (config.data.train, config.data.test)
     )
@@ -241,7 +255,7 @@ def new_model(config: Config) -> tuple[M3Config, Tokenizer]:
 def _read(config: Config) -> M3:
     # In host memory: `m3jax.load` would give each device a copy, beside the one that the mesh splits.
     model, params, tokenizer = sources.read(
-        config.init_from, heads=config.heads, colbert_dim=config.model.colbert_dim or None
+        config.init_from, heads=config.heads, colbert_dim=config.model.colbert_dim or None, seed=config.seed
     )
     return M3(model, jax.tree.map(lambda x: np.asarray(x, np.float32), params), tokenizer)
 
@@ -333,6 +347,7 @@ def with_steps(config: Config, batches: Batches) -> Config:
     config = config.copy_and_resolve_references()
     rounds = config.epochs * sum(stream.batches_a_round for stream in batches.streams)
     config.steps = max(1, round(rounds / config.accumulate)) * config.accumulate
+    _warn_of_distill_start(config)
     return config
 
 

@@ -215,6 +215,23 @@ def test_what_is_refused(configured, tmp_path, changes, message):
         pretrain(configured(tmp_path, **changes))
 
 
+def test_held_out_texts_that_no_group_takes_are_refused(configured, tmp_path):
+    train, dev = (
+        str(write(tmp_path / f"{name}.jsonl", [{"text": "fox " * count}] * 8))
+        for name, count in (("train", 1), ("dev", 20))
+    )
+    with pytest.raises(
+        ValueError, match=r"data.dev: held-out texts have up to \d+ token ids, the length groups end at 5"
+    ):
+        pretrain(configured(tmp_path / "run", length_groups=((5, 4),), **{"data.dev": dev, "data.train": train}))
+
+
+@pytest.mark.parametrize("frozen", [("encoder",), ("sparse",)])
+def test_stage_1_trains_the_encoder(configured, tmp_path, frozen):
+    with pytest.raises(ValueError, match=r"frozen = .*; expected \(\) or \('positions',\)"):
+        pretrain(configured(tmp_path / "run", frozen=frozen))
+
+
 def test_keys_of_the_later_stages_are_refused_but_for_what_base_says():
     stage = {key: value for key, value in _OF_OTHER_STAGES.items() if key not in ("keep_best", "distill_start")}
     settings = base.get_config()

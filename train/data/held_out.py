@@ -4,13 +4,13 @@ Not here: what a row must be (rows.py), and how a folder is measured (tasks.py, 
 """
 
 import hashlib
-import shutil
+import os
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
 from train.data.rows import Texts, check_files, files_of, parse
-from train.files import read_lines
+from train.files import read_lines, written_once
 from train.tasks import write_task
 
 # Enough for a mean to one or two hundredths, and few enough to be measured again and again during training.
@@ -26,24 +26,25 @@ def hold_out(
     Held out are `share` of the different queries, at most MOST_QUERIES, with all their rows, so that none is trained.
     Its passages are those of the rows held out, filled up with others of `paths` to MOST_PASSAGES; training may see them, as
     passages of other queries. Which ones is drawn by `seed`. Prompts are before the queries, as in training. All of it is
-    written under `data_dir`, and found again by the files' contents, the share and the seed.
+    written under `data_dir`, and found again by the files' names and contents, the share and the seed.
 
     ValueError lists the first bad rows as path:line, and says where nothing would be left to train.
     """
     datasets = files_of(paths)
-    digest = hashlib.blake2b(repr((share, seed)).encode(), digest_size=8)
+    # The last part of a dataset's path stays: it may say that its rows take no negatives from others.
+    names = [
+        Path(str(number), Path(os.path.abspath(path)).name.removesuffix(".gz")) for number, path in enumerate(paths)
+    ]
+    inside = [[str(file.relative_to(path)) for file in files] for path, files in zip(paths, datasets, strict=True)]
+    digest = hashlib.blake2b(repr((share, seed, names, inside)).encode(), digest_size=8)
     for path in (path for files in datasets for path in files):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     whole = Path(data_dir) / f"held-out-{digest.hexdigest()}"
-    # The last part of a dataset's path stays: it may say that its rows take no negatives from others.
-    names = [Path(str(number), Path(path).resolve().name.removesuffix(".gz")) for number, path in enumerate(paths)]
     if not whole.exists():
         check_files([path for files in datasets for path in files])
-        partial = whole.with_name(whole.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was broken off
-        _write(datasets, [Path(path) for path in paths], names, partial, share, seed)
-        partial.rename(whole)
+        with written_once(whole) as partial:
+            _write(datasets, [Path(path) for path in paths], names, partial, share, seed)
     return [whole / "train" / name for name in names], whole / "held-out"
 
 

@@ -167,10 +167,11 @@ class Batches:
         unwanted |= {tuple(key) for key in row.identity[own].tolist()}
         seed = int(random.integers(2**32))
         tried = 0
-        while missing and tried < len(members):
-            tries = np.arange(tried, min(tried + missing, len(members)))
-            tried += len(tries)
-            for other in self._source.rows(members[shuffled(tries, len(members), seed)]):
+        # One of each row, then a second: positives may be many in few rows.
+        while missing and tried < len(members) * self._most_positives:
+            tries = np.arange(tried, tried + missing)
+            tried += missing
+            for other in self._source.rows(members[shuffled(tries % len(members), len(members), seed)]):
                 keys = [tuple(key) for key in other.identity[: other.positives].tolist()]
                 if candidates := [passage for passage, key in enumerate(keys) if key not in unwanted]:
                     passage = int(random.choice(candidates))

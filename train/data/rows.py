@@ -14,7 +14,7 @@ from train.files import came, parse_object, read_lines
 
 TYPES = ("normal", "only_1neg", "symmetric_sts", "symmetric_class", "symmetric_clustering")
 
-_FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type")
+FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type")
 _PROMPTED = ("symmetric_sts", "symmetric_clustering")
 _OWN_GROUP = "no_in_batch_neg"
 _SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -95,9 +95,9 @@ def parse(line: bytes) -> Texts:
     """One row; ValueError says the rule and what came, without the place."""
     row = parse_object(line)
     for name in row:
-        if name not in _FIELDS:
-            close = difflib.get_close_matches(name, _FIELDS, n=1)
-            hint = f"Did you mean `{close[0]}`?" if close else f"Known fields: {', '.join(_FIELDS)}."
+        if name not in FIELDS:
+            close = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"Did you mean `{close[0]}`?" if close else f"Known fields: {', '.join(FIELDS)}."
             raise ValueError(f"unknown field `{name}`. {hint}")
     for name in ("query", "pos"):
         if name not in row:

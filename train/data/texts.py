@@ -20,9 +20,9 @@ from m3jax.batching import bucket_length, pad
 from m3jax.tokenization import Tokenizer
 from train.data.order import Order
 from train.data.streams import LengthGroup, group_of_each
+from train.data.tfds_sets import PREFIX, digest_of, examples, open_set
 from train.files import came, parse_object, read_lines
 
-_TFDS = "tfds:"
 _TEXTS_PER_ENCODE = 256
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 
@@ -68,38 +68,28 @@ def _of_file(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _of_tfds(name: str, data_dir: Path) -> tuple[Lines, str]:
-    """The texts of a TFDS name and what they are known by; ValueError where there is no such set, or it has no texts."""
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"{_TFDS}{name}: expected a data set of TFDS that is prepared under {data_dir} or that TFDS knows: {error}"
-        ) from error
-    if not builder.data_path.exists():
-        builder.download_and_prepare()
-    features = getattr(builder.info.features, "keys", tuple)()
-    if "text" not in features:
-        raise ValueError(
-            f"{_TFDS}{name}: stage 1 reads the feature `text`; the data set has {', '.join(features) or 'none'}"
-        )
+    """The texts of "tfds:NAME" and what they are known by; ValueError where there is no such set, or it has no texts."""
+    builder = open_set(name, data_dir, "text")
 
     def lines() -> Iterator[tuple[str, str]]:
-        for index, record in enumerate(builder.as_data_source(split="train")):  # pyright: ignore[reportCallIssue] (a wrapped method)
-            text = record["text"]
-            yield f"{_TFDS}{name}#{index}", text.decode("utf-8") if isinstance(text, bytes) else str(text)
+        for where, example in examples(builder, name, ["text"]):
+            if not isinstance(text := example["text"], str):
+                raise ValueError(f"{where}: `text` must be a str; {came(text)}")
+            if text.strip():
+                yield where, text
 
-    return lines, f"{builder.info.full_name} {builder.info.splits['train'].num_examples} {builder.data_path}"
+    return lines, digest_of(builder)
 
 
 def _source(path: str, data_dir: Path) -> tuple[Lines, str]:
     """The texts of a path or TFDS name, and a digest of what they are."""
-    if path.startswith(_TFDS):
-        return _of_tfds(path.removeprefix(_TFDS), data_dir)
+    if path.startswith(PREFIX):
+        return _of_tfds(path, data_dir)
     files = [Path(path)]
     if Path(path).is_dir():
         files = sorted(file for file in Path(path).rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
     if not files or not files[0].is_file():
-        raise ValueError(f"{path}: no such file or folder of texts ({', '.join(_SUFFIXES)}), nor {_TFDS}NAME.")
+        raise ValueError(f"{path}: no such file or folder of texts ({', '.join(_SUFFIXES)}), nor {PREFIX}NAME.")
     if wrong := [file for file in files if not file.name.endswith(_SUFFIXES)]:
         raise ValueError(f"{wrong[0]}: texts are read from {', '.join(_SUFFIXES)}; rename it or convert it.")
     digest = hashlib.blake2b(digest_size=8)

@@ -1,0 +1,81 @@
+"""Data sets of tensorflow_datasets by name, "tfds:NAME": their examples as plain Python, and training rows of them as a file.
+
+Not here: what a row or a text must be (rows.py, texts.py).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from train.data.rows import FIELDS
+from train.files import write_lines, written_once
+
+PREFIX = "tfds:"
+_LISTS = ("pos", "neg", "pos_scores", "neg_scores")
+
+
+def open_set(name: str, data_dir: Path, *required: str) -> tfds.core.DatasetBuilder:
+    """The data set "tfds:NAME", prepared under data_dir; ValueError where there is none, or it lacks a feature."""
+    try:
+        builder = tfds.builder(name.removeprefix(PREFIX), data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{name}: expected a data set of TFDS that is prepared under {data_dir} or that TFDS knows: {error}"
+        ) from error
+    if not builder.data_path.exists():
+        builder.download_and_prepare()
+    features = getattr(builder.info.features, "keys", tuple)()
+    if missing := [feature for feature in required if feature not in features]:
+        raise ValueError(
+            f"{name}: the feature{'s' * (len(missing) > 1)} `{'`, `'.join(missing)}` are read; the data set has "
+            f"{', '.join(features) or 'none'}"
+        )
+    return builder
+
+
+def digest_of(builder: tfds.core.DatasetBuilder) -> str:
+    """What the examples of a data set are known by."""
+    known = f"{builder.info.full_name} {builder.info.splits['train'].num_examples} {builder.data_path}"
+    return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
+
+
+def examples(
+    builder: tfds.core.DatasetBuilder, name: str, fields: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("tfds:NAME#index", these fields as str, number or list) of each example of the split "train", in its order."""
+    for index, record in enumerate(builder.as_data_source(split="train")):  # pyright: ignore[reportCallIssue] (a wrapped method)
+        yield f"{name}#{index}", {field: _plain(record[field]) for field in fields}
+
+
+def rows_file(name: str, data_dir: Path) -> Path:
+    """The training rows of "tfds:NAME" as a JSONL file under data_dir, written once: rows.py says what a row must be.
+
+    The features are named as the fields are, and others passed over. `pos` and `neg` may be one text in place of a list.
+    """
+    builder = open_set(name, data_dir, "query", "pos")
+    features = getattr(builder.info.features, "keys", tuple)()
+    fields = [field for field in FIELDS if field in features]
+    base = name.removeprefix(PREFIX).translate(str.maketrans("/:[]", "----"))
+    folder = data_dir / f"rows-of-{base}-{digest_of(builder)}"
+    path = folder / f"{base}.jsonl"
+    if not folder.exists():
+        with written_once(folder) as partial:
+            rows = (row for _, row in examples(builder, name, fields))
+            write_lines(
+                partial / path.name,
+                ({k: [v] if k in _LISTS and not isinstance(v, list) else v for k, v in row.items()} for row in rows),
+            )
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """A value of TFDS as JSON has it."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
