@@ -2,10 +2,12 @@
 
 The defaults are the paper's, for 32 devices of 40 GB. Give `--config.data.train=texts.jsonl` (or .txt, a folder, "cldr",
 tfds:NAME) and `--config.init_from=DIRECTORY`, which `python -m convert from-pytorch FacebookAI/xlm-roberta-large DIRECTORY
---heads init --extend-positions 8194` writes (or a `--config.tokenizer` for random weights). Two CPU cores, a small model:
-`--config.length_groups='((128, 32),)' --config.passage_max_length=128 --config.steps=400 --config.learning_rate=5e-4`; the
-demo set: RESULTS.md, "Stages". The run releases the encoder alone; stage 2, configs/dense.py, starts from it with
-`--config.init_from=runs/retromae/model`.
+--heads init --extend-positions 8194` writes (or a `--config.tokenizer` for random weights). One GPU:
+`--config.dtype=bfloat16`, and as many texts as one has time for (`--config.length_groups`; sub-batches hold the memory); not
+measured. Two CPU cores, a model of one layer of 128: `--config.length_groups='((24, 128), (64, 64))'
+--config.passage_max_length=64 --config.steps=300 --config.learning_rate=1e-3`, four minutes, which is too short to help: such
+an encoder knows of a text its language and little more (RESULTS.md, "Stages"). The run releases the encoder alone; stage 2,
+configs/dense.py, starts from it with `--config.init_from=runs/retromae/model`.
 """
 
 from ml_collections import ConfigDict
