@@ -5,7 +5,7 @@ tfds:NAME) and `--config.init_from=DIRECTORY`, which `python -m convert from-pyt
 --heads init --extend-positions 8194` writes (or a `--config.tokenizer` for random weights). One GPU:
 `--config.dtype=bfloat16`, and as many texts as one has time for (`--config.length_groups`; sub-batches hold the memory); not
 measured. Two CPU cores, a model of one layer of 128: `--config.length_groups='((24, 128), (64, 64))'
---config.passage_max_length=64 --config.steps=300 --config.learning_rate=1e-3`, four minutes, which is too short to help: such
+--config.passage_max_length=64 --config.steps=300 --config.learning_rate=1e-3`, five to nine minutes, too short to help: such
 an encoder knows of a text its language and little more (RESULTS.md, "Stages"). The run releases the encoder alone; stage 2,
 configs/dense.py, starts from it with `--config.init_from=runs/retromae/model`.
 """

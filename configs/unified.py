@@ -6,7 +6,7 @@ One GPU: as it stands the batches are the paper's for one device (48 queries of 
 `--config.dtype=bfloat16`; its step is in RESULTS.md, a whole run is not measured. Two CPU cores, a model of one layer of 128:
 `--config.query_max_length=24 --config.passage_max_length=64 --config.length_groups='((64, 64),)' --config.group_size=2
 --config.temperature=0.05 --config.steps=400 --config.learning_rate=4e-3 --config.distill_start=80` gave nDCG@10 of 0.21
-by dense, 0.56 by sparse and 0.46 by colbert on questions in five languages in four minutes (RESULTS.md, "Stages").
+by dense, 0.56 by sparse and 0.46 by colbert on questions in five languages in five to seven minutes (RESULTS.md, "Stages").
 """
 
 from ml_collections import ConfigDict

@@ -29,10 +29,10 @@ def make_card(
 ) -> str:
     """The text of README.md, which ends in a mark that `is_ours` knows it by.
 
-    parameters: their number. base_model: a name on the hub. untrained: the
-    functions that training left out. languages: ISO 639 codes. training: a table, setting → value.
-    measured: of this model, by function; these are the results of the front matter too. compared: other rows of the same
-    table (BM25, the parent). notes: lines below it. Every text is free: it is quoted for YAML and for Markdown, on one line.
+    parameters: their number. base_model: a name on the hub. untrained: the functions that training left out.
+    languages: ISO 639 codes. training: a table, setting → value. measured: of this model, by function; these are the results
+    of the front matter too. compared: other rows of the same table (BM25, the parent). notes: lines below it. Every text is
+    free: it is quoted for YAML and for Markdown, on one line.
     """
     # Imported here: who encodes does not wait for it.
     from huggingface_hub import EvalResult, ModelCardData

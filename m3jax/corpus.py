@@ -99,7 +99,7 @@ def encode_to(
     finished = (directory / shards.FINISHED).is_file()
     if finished:
         shards.open_embeddings(directory)  # refuses one that has lost shards
-    _wait_for_all("m3jax.encode_to: every process knows what is there")
+    multihost_utils.sync_global_devices("m3jax.encode_to: every process knows what is there")
     count = len(texts) if isinstance(texts, Sized) else None
     most = COLBERT_BYTES // (4 * (truncate_dim or m3.config.colbert_dim)) if colbert else None
     groups = _groups(texts, shard_texts, lambda text: min(len(instruction) + len(text) + 2, max_length), most)
@@ -165,7 +165,7 @@ def _begin(directory: Path, settings: dict[str, Any]) -> None:
                 )
             shards.write_json(directory / shards.SETTINGS, settings)
         shards.clear(directory)  # now, as it takes room on the disk
-    _wait_for_all("m3jax.encode_to: the directory is there")
+    multihost_utils.sync_global_devices("m3jax.encode_to: the directory is there")
     there = shards.read_settings(directory)
     if there is None:
         raise ValueError(f"{directory}: process {jax.process_index()} does not see it; give a directory that all share")
@@ -265,8 +265,3 @@ def _check_no_more(directory: Path, count: int) -> None:
 def _until(ready: Callable[[], bool]) -> None:
     while not ready():
         time.sleep(0.5)
-
-
-def _wait_for_all(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

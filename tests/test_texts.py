@@ -83,6 +83,8 @@ class Riddles(Fables):
             "query": tfds.features.Text(),
             "pos": tfds.features.Text(),
             "neg": texts,
+            "prompt": tfds.features.Text(),
+            "type": tfds.features.Text(),
             "text": texts,
             "id": np.int64,
         }
@@ -94,6 +96,7 @@ class Riddles(Fables):
     def _generate_examples(self):
         for n in range(5):
             row = {"query": f"what {n}", "pos": f"fox {n}", "neg": ["dog", "house"][: n % 3], "text": ["a"], "id": n}
+            row |= {"prompt": "", "type": ""}
             yield n, row | {"pos_scores": [0.5], "neg_scores": [0.25, 0.125][: n % 3]}
 
 
@@ -101,6 +104,7 @@ def test_rows_of_a_tfds_name(tmp_path):
     path = rows_file("tfds:riddles", tmp_path)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["query"] for row in rows] == [f"what {n}" for n in range(5)]
+    assert rows[3] == {"query": "what 3", "pos": ["fox 3"], "pos_scores": [0.5]}
     assert rows[2] == {
         "query": "what 2",
         "pos": ["fox 2"],

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policy
 
 from m3jax import checkpoint
 from m3jax.config import M3Config
 from m3jax.tokenization import Tokenizer
-from train.processes import is_first, wait_for_all
+from train.processes import is_first
 from train.step import TrainState
 
 _OPTIMIZER, _RUN, _SCORES = "optimizer", "run", "metrics"  # folders of a step; the last is named by Orbax
@@ -105,7 +106,7 @@ class Checkpoints:
             partial = folder / f"{_SCORES}.partial"
             partial.write_text(json.dumps(dict(scores)))
             partial.replace(folder / _SCORES)
-        wait_for_all("m3jax: the scores of the last step are there")
+        multihost_utils.sync_global_devices("m3jax: the scores of the last step are there")
         self._manager.reload()
         if self.is_best(scores):
             if self.best and self.best[0] not in sorted(self._manager.all_steps())[-self._keep :]:

@@ -44,12 +44,6 @@ def log_file() -> str:
     return "log.txt" if is_first() else f"log-{jax.process_index()}.txt"
 
 
-def wait_for_all(what: str) -> None:
-    """Return when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def agreed(value: bool) -> bool:
     """What the first process found, on all: those that decide by files or time must go one way."""
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(value))) if jax.process_count() > 1 else value

@@ -4,7 +4,7 @@ Not here: what a row or a text must be (rows.py, texts.py).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def open_set(name: str, data_dir: Path, *required: str) -> tfds.core.DatasetBuil
         ) from error
     if not builder.data_path.exists():
         builder.download_and_prepare()
-    features = getattr(builder.info.features, "keys", tuple)()
+    features = _features(builder)
     if missing := [feature for feature in required if feature not in features]:
         raise ValueError(
             f"{name}: the feature{'s' * (len(missing) > 1)} `{'`, `'.join(missing)}` are read; the data set has "
@@ -54,22 +54,27 @@ def examples(
 def rows_file(name: str, data_dir: Path) -> Path:
     """The training rows of "tfds:NAME" as a JSONL file under data_dir, written once: rows.py says what a row must be.
 
-    The features are named as the fields are, and others passed over. `pos` and `neg` may be one text in place of a list.
+    The features are named as the fields are, and others passed over. `pos`, `neg` and their scores may be one in place of a
+    list. An empty text or list is a field that the row does not have: TFDS knows no null.
     """
     builder = open_set(name, data_dir, "query", "pos")
-    features = getattr(builder.info.features, "keys", tuple)()
-    fields = [field for field in FIELDS if field in features]
+    fields = [field for field in FIELDS if field in _features(builder)]
     base = name.removeprefix(PREFIX).translate(str.maketrans("/:[]", "----"))
     folder = data_dir / f"rows-of-{base}-{digest_of(builder)}"
     path = folder / f"{base}.jsonl"
     if not folder.exists():
         with written_once(folder) as partial:
-            rows = (row for _, row in examples(builder, name, fields))
-            write_lines(
-                partial / path.name,
-                ({k: [v] if k in _LISTS and not isinstance(v, list) else v for k, v in row.items()} for row in rows),
-            )
+            write_lines(partial / path.name, (_row(example) for _, example in examples(builder, name, fields)))
     return path
+
+
+def _row(example: dict[str, Any]) -> dict[str, Any]:
+    there = {field: value for field, value in example.items() if value not in ("", [])}
+    return {field: [x] if field in _LISTS and not isinstance(x, list) else x for field, x in there.items()}
+
+
+def _features(builder: tfds.core.DatasetBuilder) -> Collection[str]:
+    return getattr(builder.info.features, "keys", tuple)()
 
 
 def _plain(value: Any) -> Any:
