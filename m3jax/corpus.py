@@ -17,9 +17,10 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from m3jax import paths, provenance, room, shards
+from m3jax.arguments import make_plan, whole_number
 from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
-from m3jax.encoding import make_plan, run, say_cut, whole_number
+from m3jax.encoding import run, say_cut
 from m3jax.model import M3
 from m3jax.shards import COLBERT_DTYPES, ColbertDtype
 from m3jax.tokenization import utf8

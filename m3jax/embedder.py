@@ -15,9 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from m3jax import sources, weights
+from m3jax.arguments import make_plan
 from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
-from m3jax.encoding import make_plan, run, say_cut
+from m3jax.encoding import run, say_cut
 from m3jax.model import M3, cast
 from m3jax.sharding import make_mesh
 

@@ -5,7 +5,6 @@ Not here: what users pass and get (embedder.py, corpus.py), how texts share batc
 """
 
 import math
-import operator
 import time
 import warnings
 from collections import deque
@@ -18,10 +17,10 @@ import jax
 import numpy as np
 from jax.errors import JaxRuntimeError
 
+from m3jax.arguments import Plan
 from m3jax.batching import PackedIds, Packing, arrange, pack
 from m3jax.collected import Arrays, Collected
-from m3jax.config import M3Config
-from m3jax.forward import Asked, Results, backend, forward, mesh_of, row_groups
+from m3jax.forward import Results, backend, forward, mesh_of, row_groups
 from m3jax.model import M3
 from m3jax.tokenization import MCLS_RUN, utf8
 
@@ -67,67 +66,6 @@ _AT_WORK = 2
 _CHARACTERS_AT_ONCE = 1 << 18
 # Computations that XLA lets wait on CPU; starting one more waits for one of them, and nothing breaks that off.
 _CPU_QUEUE = 32
-
-
-class Plan(NamedTuple):
-    """What `run` is to do with every text."""
-
-    asked: Asked
-    max_length: int
-    instruction: str
-    mcls: bool
-    batch_tokens: int | None
-
-
-def make_plan(
-    config: M3Config,
-    *,
-    dense: bool,
-    sparse: bool,
-    colbert: bool,
-    max_length: int | None,
-    instruction: str,
-    truncate_dim: int | None,
-    mcls: bool,
-    batch_tokens: int | None,
-) -> Plan:
-    """The plan of `encode`'s arguments; ValueError where they cannot be followed."""
-    max_length = config.max_length if max_length is None else whole_number("max_length", max_length)
-    truncate_dim = None if truncate_dim is None else whole_number("truncate_dim", truncate_dim)
-    batch_tokens = None if batch_tokens is None else whole_number("batch_tokens", batch_tokens)
-    if not 2 <= max_length <= config.max_length:
-        raise ValueError(
-            "max_length must leave room for <s> and </s> and fit the position table, "
-            f"2 to {config.max_length}, got {max_length}"
-        )
-    if not (dense or sparse or colbert):
-        raise ValueError("encode must give something: pass dense=True, sparse=True or colbert=True")
-    widths = [config.hidden_size] * dense + [config.colbert_dim] * colbert
-    if truncate_dim is not None and not (widths and 1 <= truncate_dim <= min(widths)):
-        raise ValueError(
-            f"truncate_dim must be between 1 and the width of the vectors that are asked for, {min(widths)}, got {truncate_dim}"
-            if widths
-            else f"truncate_dim cuts dense and colbert vectors, and neither is asked for; got {truncate_dim}"
-        )
-    if not isinstance(instruction, str):
-        raise ValueError(f"instruction must be a str, got {type(instruction).__name__}: {instruction!r:.80}")
-    try:
-        instruction.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"instruction must be valid Unicode, got a lone surrogate {instruction[error.start]!a} at character {error.start}"
-        ) from error
-    if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
-    return Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
-
-
-def whole_number(name: str, value: Any) -> int:
-    """An argument as an int; ValueError where it is no whole number."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def say_cut(cut: int, count: int, max_length: int) -> str:

@@ -36,13 +36,14 @@ def files(directory):
     }
 
 
+def raising(texts, after, error=OSError):
+    """So many of the texts, and then an error."""
+    yield from texts[:after]
+    raise error("stopped")
+
+
 def stopped(m3, directory, after, error=OSError, **more):
     """A directory whose run ended when the text `after` was asked for."""
-
-    def some():
-        yield from TEXTS[:after]
-        raise error("stopped")
-
     with pytest.raises(error, match="stopped"):
-        m3jax.encode_to(directory, m3, some(), **SMALL | more)
+        m3jax.encode_to(directory, m3, raising(TEXTS, after, error), **SMALL | more)
     return directory

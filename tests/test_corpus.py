@@ -1,13 +1,11 @@
-"""encode_to: what is on disk is what encode gives, whatever stopped it on the way."""
+"""encode_to: what is on disk is what encode gives, in bounded memory, and what it refuses.
+
+Not here: runs that were stopped and went on, and those of several processes (test_corpus_resumed.py).
+"""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -16,8 +14,7 @@ import pytest
 
 import m3jax
 from m3jax import corpus, shards
-from tests.real_processes import free_address
-from tests.small_corpus import ALL, SMALL, TEXTS, files, small_model, stopped
+from tests.small_corpus import ALL, SMALL, TEXTS, files, raising, small_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,143 +85,6 @@ def test_no_texts(m3, tmp_path):
     assert m3jax.score(m3jax.encode(m3, ["a"], **ALL), got).hybrid.shape == (1, 0)
 
 
-@pytest.mark.parametrize("after", [0, 4, 5, 12, 20, 22])
-def test_it_goes_on_where_it_was_stopped(m3, tmp_path, whole, after, monkeypatch):
-    directory = stopped(m3, tmp_path / "x", after)
-    # A shard is encoded when the text after it is known.
-    assert shards.there(directory) == set(range((after - 1) // 5 if after else 0)) and not list(
-        directory.glob("partial-*")
-    )
-    if after:
-        with pytest.raises(ValueError, match="not finished"):
-            m3jax.open_embeddings(directory)
-    encoded = watch_run(monkeypatch)
-    (directory / "partial-00000001-of-a-killed-run").mkdir(parents=True)
-    m3jax.encode_to(directory, m3, (text for text in TEXTS), **SMALL)
-    assert files(directory) == whole
-    assert encoded == TEXTS[max(0, after - 1) // 5 * 5 :]
-    m3jax.encode_to(directory, m3, TEXTS, **SMALL)  # finished: the texts are compared, nothing is encoded
-    assert files(directory) == whole and len(encoded) == 23 - max(0, after - 1) // 5 * 5
-
-
-def watch_run(monkeypatch):
-    """The texts that are encoded, as they come."""
-    encoded, run = [], corpus.run
-
-    def watched(m3, parts, *more, **how):
-        run(m3, ((encoded.extend(texts), (key, texts))[1] for key, texts in parts), *more, **how)
-
-    monkeypatch.setattr(corpus, "run", watched)
-    return encoded
-
-
-RUN = """
-import sys, time
-import m3jax
-directory, model, texts, stop = sys.argv[1:]
-m3 = m3jax.load(model)
-texts = open(texts).read().split("\\n")
-
-def some():
-    for number, text in enumerate(texts):
-        if number == int(stop):
-            time.sleep(600)
-        yield text
-
-m3jax.encode_to(directory, m3, some(), sparse=True, colbert=True, colbert_dtype="int8", shard_texts=5)
-"""
-
-
-def test_killed_and_called_again_it_is_the_same_bit_for_bit(m3, tmp_path):
-    m3jax.save(m3, tmp_path / "model")
-    (tmp_path / "texts").write_text("\n".join(TEXTS))
-
-    def run(directory, stop):
-        command = [
-            sys.executable,
-            "-c",
-            RUN,
-            *map(str, (tmp_path / directory, tmp_path / "model", tmp_path / "texts", stop)),
-        ]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-    m3jax.encode_to(tmp_path / "uninterrupted", m3, TEXTS, colbert_dtype="int8", **SMALL)
-    # In the last, while texts come; in the first, between the shards that are there and the one that is being made.
-    for stop in (13, 21):
-        killed = run("killed", stop)
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "killed" / f"shard-{(stop - 1) // 5 - 1:08d}").exists():
-            assert time.monotonic() < deadline and killed.poll() is None, killed.stderr.read()
-            time.sleep(0.01)
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait(60) == -signal.SIGKILL
-        with pytest.raises(ValueError, match="not finished"):
-            m3jax.open_embeddings(tmp_path / "killed")
-    assert run("killed", 99).wait(600) == 0
-    assert files(tmp_path / "killed") == files(tmp_path / "uninterrupted")
-    assert len(m3jax.open_embeddings(tmp_path / "killed")) == 23
-
-
-def test_a_kill_before_the_settings_are_there(m3, tmp_path, whole):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "partial-settings.json-0").write_text("{")
-    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
-    assert files(tmp_path / "x") == whole
-
-
-@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (
-            [*TEXTS[:3], "other", *TEXTS[4:]],
-            r"texts 0 to 4 are there already, but others came in their place \(5 of them\)",
-        ),
-        (TEXTS[::-1], "texts 0 to 4 are there already"),
-        (TEXTS[:8], r"texts 5 to 9 are there already, but others came in their place \(3 of them\)"),
-        (["".join(TEXTS[:2]), *TEXTS[2:]], "texts 0 to 4 are there already"),
-    ],
-    ids=["another", "order", "fewer", "joined"],
-)
-def test_other_texts_are_refused(m3, tmp_path, whole, texts, message, finished):
-    directory = stopped(m3, tmp_path / "x", 12)
-    if finished:
-        m3jax.encode_to(directory, m3, TEXTS, **SMALL)
-    before = files(directory)
-    with pytest.raises(ValueError, match=message):
-        m3jax.encode_to(directory, m3, texts, **SMALL)
-    assert files(directory) == before
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (TEXTS[:5], "2 shards are there, but 1 hold all texts that came"),
-        (TEXTS[:12], "it is finished with 10 texts, but more came"),
-    ],
-)
-def test_more_or_fewer_texts_at_the_end_of_a_shard_are_refused(m3, tmp_path, texts, message):
-    m3jax.encode_to(tmp_path / "x", m3, TEXTS[:10], **SMALL)
-    before = files(tmp_path / "x")
-    with pytest.raises(ValueError, match=message):
-        m3jax.encode_to(tmp_path / "x", m3, texts, **SMALL)
-    assert files(tmp_path / "x") == before
-
-
-def test_a_finished_directory_that_lost_a_shard_is_refused_as_that(m3, tmp_path):
-    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
-    shutil.rmtree(tmp_path / "x" / "shard-00000001")
-    with pytest.raises(ValueError, match="shards were finished, but 1 are not there, shard-00000001 first"):
-        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
-
-
-def test_what_else_is_there_is_left(m3, tmp_path):
-    (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ValueError, match="expected an empty directory or one that encode_to began, found notes"):
-        m3jax.encode_to(tmp_path, m3, TEXTS)
-    assert files(tmp_path) == {"notes": b"mine"}
-
-
 def test_bad_arguments(m3, tmp_path):
     for arguments, error, message in (
         ({"max_lenght": 3}, TypeError, "max_lenght"),
@@ -261,29 +121,11 @@ def test_cut_texts_are_counted_once_for_all(m3, tmp_path):
         m3jax.encode(m3, texts, max_length=9)
     more = {"shard_texts": 5, "max_length": 9}
     with pytest.raises(OSError):
-        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 13, OSError), **more)
+        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 13), **more)
     for _ in range(2):  # resumed, then finished
         with pytest.warns(UserWarning) as caught:
             m3jax.encode_to(tmp_path / "x", m3, texts, **more)
         assert [str(w.message) for w in caught] == [str(expected[0].message)] and caught[0].filename == __file__
-
-
-def raising(texts, after, error):
-    yield from texts[:after]
-    raise error
-
-
-def test_an_iterator_is_checked_shard_by_shard(m3, tmp_path, whole, monkeypatch):
-    room = [10**9, 10**9, 10**9, 100]
-    monkeypatch.setattr(shards, "free", lambda directory: room.pop(0))
-    with pytest.raises(
-        ValueError, match=r"shard-00000002 takes [\d,]+ bytes, but 100 are free; make room and call encode"
-    ):
-        m3jax.encode_to(tmp_path / "x", m3, iter(TEXTS), **SMALL)
-    assert shards.there(tmp_path / "x") == {0, 1}
-    monkeypatch.undo()
-    m3jax.encode_to(tmp_path / "x", m3, iter(TEXTS), **SMALL)
-    assert files(tmp_path / "x") == whole
 
 
 def test_a_shard_is_closed_by_its_characters(m3, tmp_path, monkeypatch):
@@ -292,21 +134,6 @@ def test_a_shard_is_closed_by_its_characters(m3, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="longer than max_length"):
         m3jax.encode_to(tmp_path / "x", m3, texts)
     assert json.loads(files(tmp_path / "x")["finished.json"])["shards"] == [3, 1, 1, 2]
-
-
-def test_what_a_kill_left_half_written_goes_at_once(m3, tmp_path):
-    """Not in the end: it takes room on the disk."""
-
-    def some():
-        yield from TEXTS[:10]
-        raise OSError
-
-    for _ in range(2):
-        with pytest.raises(OSError):
-            m3jax.encode_to(tmp_path / "x", m3, some(), **SMALL)
-        assert not list((tmp_path / "x").glob("partial-*"))
-        (tmp_path / "x" / "partial-00000002-deadbeef").mkdir()
-        (tmp_path / "x" / "partial-settings.json-deadbeef").touch()
 
 
 def test_a_shard_with_colbert_is_closed_by_its_size(m3, tmp_path, monkeypatch):
@@ -374,97 +201,9 @@ def test_a_shard_is_written_while_the_next_is_encoded(m3, tmp_path, monkeypatch)
     assert len(m3jax.encode_to(tmp_path / "x", m3, TEXTS, sparse=False, shard_texts=5)) == 23
 
 
-def test_a_full_disk_leaves_what_can_go_on(m3, tmp_path, whole, monkeypatch):
-    save, saved = np.save, []
-
-    def full(file, array):
-        saved.append(file)
-        if len(saved) > 14:
-            raise OSError(28, "No space left on device")
-        save(file, array)
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
-    assert shards.there(tmp_path / "x") == {0, 1} and not list((tmp_path / "x").glob("partial-*"))
-    monkeypatch.undo()
-    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
-    assert files(tmp_path / "x") == whole
-
-
 def test_progress_only_when_asked(m3, tmp_path, capsys):
     m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
     assert "/23" not in capsys.readouterr().err
     shutil.rmtree(tmp_path / "x")
     m3jax.encode_to(tmp_path / "x", m3, TEXTS, progress=True, **SMALL)
     assert "23/23" in capsys.readouterr().err
-
-
-PROCESSES = """
-import sys
-from pathlib import Path
-import jax
-directory, model, texts, mode, number, address = sys.argv[1:]
-jax.distributed.initialize(address, num_processes=2, process_id=int(number))
-import numpy as np
-import m3jax
-from m3jax import corpus, shards
-from m3jax.sharding import make_mesh
-m3 = m3jax.load(model)
-texts = Path(texts).read_text().split("\\n")
-if mode == "together":
-    everywhere = jax.NamedSharding(make_mesh(), jax.P())
-    params = jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)), m3.params)
-    m3 = m3jax.M3(m3.config, params, m3.tokenizer)
-encoded, run, written, write = [], corpus.run, [], shards.write_shard
-
-def watched(m3, parts, *more, **how):
-    run(m3, ((encoded.append(texts.index(some[0]) // 5), (key, some))[1] for key, some in parts), *more, **how)
-
-corpus.run = watched
-shards.write_shard = lambda directory, index, *rest, **more: (written.append(index), write(directory, index, *rest, **more))
-got = m3jax.encode_to(directory, m3, texts, shard_texts=5, colbert=True)
-print(len(got), encoded, written)
-"""
-
-
-@pytest.mark.parametrize("mode", ["apart", "together"])
-def test_two_processes(m3, tmp_path, mode):
-    """Each writes its shards into one directory, which is that of one process; parameters that span both make both encode
-    all. Begun by one process and gone on with by two."""
-    texts = [f"{text} {number}" for number, text in enumerate(TEXTS)]
-    m3jax.save(m3, tmp_path / "model")
-    (tmp_path / "texts").write_text("\n".join(texts))
-    expected = files(Path(encode_whole(m3, tmp_path / "whole", texts)))
-    with pytest.raises(OSError):
-        m3jax.encode_to(tmp_path / "x", m3, raising(texts, 8, OSError), shard_texts=5, colbert=True)
-    address = free_address()
-    paths = map(str, (tmp_path / "x", tmp_path / "model", tmp_path / "texts", mode))
-    command = [sys.executable, "-c", PROCESSES, *paths]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    processes = [
-        subprocess.Popen(
-            [*command, str(number), address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env=environment,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    try:
-        done = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], done
-    written = [[1, 3], [2, 4]]
-    encoded = written if mode == "apart" else [[1, 2, 3, 4]] * 2
-    assert [out.splitlines()[-1] for out, _ in done] == [f"23 {encoded[i]} {written[i]}" for i in range(2)]
-    assert ["texts take" in err for _, err in done] == [True, False]
-    if mode == "apart":
-        assert files(tmp_path / "x") == expected
-    got, alone = m3jax.open_embeddings(tmp_path / "x"), m3jax.open_embeddings(tmp_path / "whole")
-    np.testing.assert_allclose(got.dense_vecs[:], alone.dense_vecs[:], atol=1e-5)
-
-
-def encode_whole(m3, directory, texts):
-    m3jax.encode_to(directory, m3, texts, shard_texts=5, colbert=True)
-    return directory

@@ -16,6 +16,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 import m3jax
+import m3jax.arguments
 import m3jax.encoding
 from tests.texts_alone import ALL, TEXTS, alone, assert_same, model_of_1024, words
 
@@ -62,7 +63,7 @@ def run(m3, parts, deliver=lambda key: None):
         deliver(key)
         delivered.append((key, *given))
 
-    plan = m3jax.encoding.make_plan(m3.config, **ALL, **asked)
+    plan = m3jax.arguments.make_plan(m3.config, **ALL, **asked)
     m3jax.encoding.run(m3, parts, plan, deliver=take, taken_in=lambda count: None)
     return delivered
 

@@ -1,4 +1,4 @@
-"""What a run starts from; whole runs that refuse to start are in e2e/test_train.py."""
+"""What a run starts from; whole runs that refuse to start are in e2e/test_train_refusals.py."""
 
 import json
 from types import SimpleNamespace

@@ -16,12 +16,6 @@ import numpy as np
 import pytest
 import yaml
 
-pytest.importorskip("bm25s", reason="training needs the train extra")
-pytest.importorskip("grain", reason="training needs the train extra")
-pytest.importorskip("ml_collections", reason="training needs the train extra")
-pytest.importorskip("optax", reason="training needs the train extra")
-pytest.importorskip("orbax.checkpoint", reason="training needs the train extra")
-pytest.importorskip("pytrec_eval", reason="training needs the train extra")
 pytest.importorskip("tensorflow_datasets", reason="training needs the train extra")
 
 import convert.__main__
@@ -30,13 +24,9 @@ import train.contrastive
 import train.data.cldr
 import train.evaluate
 import train.loop
-import train.main as program
 import train.step
-from tests.conftest import command_line
-from tests.small_run import FUNCTIONS, SIZES, TRAINING, small_config, write, write_set
-from train.example import worked_example
+from tests.small_run import FUNCTIONS, small_config, write
 from train.sub_batch import ONE_PASS
-from train.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ROOT = Path(__file__).parents[2]
@@ -404,52 +394,3 @@ def test_a_run_starts_from_a_released_model(ran, configured, steps, tmp_path, fo
     untrained = json.loads((tmp_path / "untrained.json").read_text())["evaluations"]
     ends = [{name: end["scores"][name] for name in FUNCTIONS} for end in results["evaluations"][:2]]
     assert [start["scores"] for start in untrained] == ends
-
-
-def test_which_query_is_the_example(ran):
-    m3 = m3jax.load(ran[0] / "model")
-    queries = {"a.sw": "paris", "b.sw": "fox", "c.de": "cat", "d.xx": "dog"}
-    judged = {"d.xx": {"p": 0}, "c.de": {"p": 1}, "b.sw": {"p": 1}, "a.sw": {"p": 0}}
-    task = Task("task", {"p": "quick brown fox"}, queries, judged)
-    runs = {"dense": {"b.sw": {"p": 0.5}, "c.de": {"p": 0.5}}}
-    found = worked_example(m3, task, runs, "*.sw", "Swahili", lengths=(8, 8))
-    # Queries without a relevant passage are not ranked: there is nothing to show of them.
-    assert found is not None and found["query"] == "fox" and len(found["tops"]["dense"]) == 1
-    assert all(worked_example(m3, task, runs, none, "", lengths=(8, 8)) is None for none in ("*.xx", "*.yy"))
-
-
-def test_the_quickstart_from_its_command_line(tiny_tokenizer_json, tmp_path, monkeypatch, capfd):
-    """configs/quickstart.py as it stands but for sizes, through the program's own flags and the "cldr" paths."""
-    seeds = []
-
-    def write_demo(directory, *, seed):
-        seeds.append(seed)
-        write_set(directory, tiny_tokenizer_json)
-
-    monkeypatch.setattr(train.data.cldr, "write_demo", write_demo)
-    changes = {f"model.{name}": size for name, size in SIZES.items()} | TRAINING
-    changes |= {"output": tmp_path / "run", "data.folder": tmp_path / "data"}
-    flags = [f"--config.{name}={value}" for name, value in changes.items()]
-    arguments = ["train.main", f"--config={ROOT / 'configs' / 'quickstart.py'}", *flags]
-    with command_line(arguments):
-        assert program.parse(arguments) == arguments[:1]
-        program.main(arguments[:1])
-    shown = capfd.readouterr()
-    for part in (
-        "writing the embedded demo set",
-        "quickstart: M3(1 layers × 16",
-        "12 rows of cldr",
-    ):
-        assert part in shown.out
-    for part in ("test-unseen", "before all", "BM25", "Query (Swahili)", "report.html", "python -m train.evaluate"):
-        assert part in shown.out
-    assert "Traceback" not in shown.err and "100%" in shown.err
-    assert (tmp_path / "run" / "log.txt").read_text()
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["name"] == "quickstart" and len(results["evaluations"]) == 4 and results["example"]
-    assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
-    folder = next((tmp_path / "data").glob("cldr-*"))
-    assert f"--data {folder / 'test-unseen'}" in shown.out and not list((tmp_path / "data").glob("*.partial"))
-    shutil.rmtree(tmp_path / "run" / "model")
-    program.main(arguments[:1])
-    assert seeds == [0] and (tmp_path / "run" / "model" / "config.json").exists()
