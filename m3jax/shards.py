@@ -154,8 +154,7 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
 
 
 def finish(directory: Path, **record: Any) -> None:
-    """Write finished.json from the records of shards 0, 1, …, all of which must be there; what was begun beside them goes."""
-    clear(directory)
+    """Write finished.json from the records of shards 0, 1, …, all of which must be there."""
     write_json(directory / FINISHED, summary(directory) | record)
 
 

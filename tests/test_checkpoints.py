@@ -278,5 +278,11 @@ def test_in_an_object_store(ran, model, params, tiny_tokenizer, store):
             assert (saved.last, saved.best) == (3, (1, 0.5))
             saved.check(model)
             restored = saved.restore(like)
+            saved.save(model, tiny_tokenizer, placed, 5)
+        with Checkpoints(url, keep=2, best="dev/all/ndcg", settings=SETTINGS) as saved:
+            assert not saved.measured
+            saved.add_scores({"dev/all/ndcg": 0.7})
+        with Checkpoints(url, keep=2, best="dev/all/ndcg", settings=SETTINGS) as saved:
+            assert saved.measured and saved.best == (5, 0.7)
     assert_same(on_host((restored.params, restored.optimizer)), (state.params, state.optimizer))
     assert int(restored.step) == 3

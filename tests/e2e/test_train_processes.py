@@ -124,3 +124,10 @@ def test_asked_to_stop_while_they_measure_two_save_and_end_together(small_data, 
     assert [row["step"] for row in losses(output)] == [1, 2]  # and no line of dev scores
     on_one(small_data, output)
     assert_same(losses(output), losses(alone))
+
+
+def test_a_plan_of_two_processes_writes_what_is_made_of_the_data_once(small_data, tmp_path):
+    """The second finds the held-out rows that the first wrote."""
+    first = "import train.data.held_out as made; made._write = None if {index} else made._write; "
+    said = on_two(small_data, tmp_path / "run", first=first, plan_only=True, **{"data.held_out": 0.1})
+    assert "s/step" in said[0]
