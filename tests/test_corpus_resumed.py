@@ -213,11 +213,12 @@ def test_a_full_disk_leaves_what_can_go_on(m3, tmp_path, whole, monkeypatch):
 
 
 PROCESSES = """
-import sys
+import os, signal, sys
 from pathlib import Path
 import jax
 directory, model, texts, mode, number, address = sys.argv[1:]
-jax.distributed.initialize(address, num_processes=2, process_id=int(number))
+soon = {} if mode in ("apart", "together") else {"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}
+jax.distributed.initialize(address, num_processes=2, process_id=int(number), **soon)
 import numpy as np
 import m3jax
 from m3jax import corpus, shards
@@ -230,10 +231,14 @@ if mode == "together":
     m3 = m3jax.M3(m3.config, params, m3.tokenizer)
 encoded, run, written, write = [], corpus.run, [], shards.write_shard
 
-def watched(m3, parts, *more, **how):
-    run(m3, ((encoded.append(texts.index(some[0]) // 5), (key, some))[1] for key, some in parts), *more, **how)
+def seen(parts):
+    for key, some in parts:
+        encoded.append(texts.index(some[0]) // 5)
+        if soon and number == "1":
+            os.kill(os.getpid(), signal.SIGKILL) if mode == "killed" else sys.exit("out of patience")
+        yield key, some
 
-corpus.run = watched
+corpus.run = lambda m3, parts, *more, **how: run(m3, seen(parts), *more, **how)
 shards.write_shard = lambda directory, index, *rest, **more: (written.append(index), write(directory, index, *rest, **more))
 got = m3jax.encode_to(directory, m3, texts, shard_texts=5, colbert=True)
 print(len(got), encoded, written)
@@ -250,23 +255,8 @@ def test_two_processes(m3, tmp_path, mode):
     expected = files(Path(encode_whole(m3, tmp_path / "whole", texts)))
     with pytest.raises(OSError):
         m3jax.encode_to(tmp_path / "x", m3, raising(texts, 8), shard_texts=5, colbert=True)
-    address = free_address()
-    paths = map(str, (tmp_path / "x", tmp_path / "model", tmp_path / "texts", mode))
-    command = [sys.executable, "-c", PROCESSES, *paths]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    processes = [
-        subprocess.Popen(
-            [*command, str(number), address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env=environment,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    try:
-        done = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], done
+    codes, done = on_two(tmp_path, mode)
+    assert codes == [0, 0], done
     written = [[1, 3], [2, 4]]
     encoded = written if mode == "apart" else [[1, 2, 3, 4]] * 2
     assert [out.splitlines()[-1] for out, _ in done] == [f"23 {encoded[i]} {written[i]}" for i in range(2)]
@@ -275,6 +265,38 @@ def test_two_processes(m3, tmp_path, mode):
         assert files(tmp_path / "x") == expected
     got, alone = m3jax.open_embeddings(tmp_path / "x"), m3jax.open_embeddings(tmp_path / "whole")
     np.testing.assert_allclose(got.dense_vecs[:], alone.dense_vecs[:], atol=1e-5)
+
+
+def on_two(folder, mode):
+    """The exit codes of two processes that encode the folder's texts by its model, and what each said."""
+    paths = map(str, (folder / "x", folder / "model", folder / "texts", mode))
+    command, address = [sys.executable, "-c", PROCESSES, *paths], free_address()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    given = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(number), address], **given) for number in range(2)]
+    try:
+        done = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], done
+
+
+@pytest.mark.parametrize("mode", ["killed", "raises"])
+def test_where_one_of_two_processes_ends_so_does_the_other_and_both_go_on(m3, tmp_path, mode):
+    """By JAX's coordinator, which would wait 100 seconds for one that is killed and 300 for one that raises, here 10."""
+    texts = [f"{text} {number}" for number, text in enumerate(TEXTS)]
+    m3jax.save(m3, tmp_path / "model")
+    (tmp_path / "texts").write_text("\n".join(texts))
+    expected = files(Path(encode_whole(m3, tmp_path / "whole", texts)))
+    codes, done = on_two(tmp_path, mode)
+    assert 0 not in codes, done
+    assert codes[1] == -signal.SIGKILL if mode == "killed" else "out of patience" in done[1][1]
+    with pytest.raises(ValueError, match="not finished"):
+        m3jax.open_embeddings(tmp_path / "x")
+    codes, done = on_two(tmp_path, "apart")
+    assert codes == [0, 0], done
+    assert files(tmp_path / "x") == expected
 
 
 def encode_whole(m3, directory, texts):

@@ -160,6 +160,20 @@ def test_the_teacher_is_the_sum_of_what_is_trained_and_nothing_where_none_teache
     assert "which teaches" not in caption("distill/", "dev/dense/") + caption("loss", "dev/")
 
 
+def test_shorter_vectors_and_the_teacher_s_scores_have_curves(tmp_path: Path):
+    rows: list[dict[str, float]] = [
+        {"step": step, "loss": 1.0, "loss/dense": 1.0, "loss/dense@64": 1.2, "loss/dense@32": 1.4, "teacher/dense": 0.7}
+        for step in range(1, 9)
+    ]
+    write_report(_run(tmp_path, metrics=rows))
+    page = _read(tmp_path)[1]
+    for text in ("Contrastive loss", "dense@64", "dense@32", "Loss against the teacher's scores"):
+        assert text in page.text
+    dashed = [value for name, value in page.attributes if name == "style" and value and "stroke-dasharray" in value]
+    assert len(dashed) >= 1  # the second of one colour
+    assert "Self-distillation" not in page.text
+
+
 def test_page_needs_nothing_but_itself(complete: Path):
     html, page = _read(complete)
     assert not {"script", "link", "img", "iframe", "image", "base"} & set(page.tags)

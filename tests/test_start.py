@@ -14,7 +14,7 @@ from configs import base
 from m3jax.config import M3Config
 from m3jax.model import M3, cast, init
 from tests.small_run import small_config
-from train.start import check, read_rows, start_model, with_length_groups, with_steps
+from train.start import check, read_rows, start_data, start_model, with_length_groups, with_steps
 
 
 def test_a_batch_divides_by_the_devices():
@@ -114,6 +114,7 @@ def test_a_model_to_go_on_with_is_float32_in_host_memory(tiny_tokenizer, tmp_pat
         ("remat", "none", r"remat = 'none', expected one of \('elements', "),
         ("dtype", "float16", r"dtype = 'float16', expected one of \('float32', 'bfloat16'\)"),
         ("learning_rate_scale.sparse", 0.0, "learning_rate_scale.sparse = 0.0, expected above 0"),
+        ("teacher_temperature", 2.0, "teacher_temperature = 2.0, but no teacher is set; expected 1.0"),
         ("keep_best", "dev/all/mrr", "keep_best = 'dev/all/mrr', expected '' or one of dev/dense/"),
         (
             "checkpoints",
@@ -128,6 +129,22 @@ def test_settings_that_no_run_can_have(key, value, message):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=f"settings that no run can have: {message}"):
         check(config)
+
+
+@pytest.mark.parametrize("key", ["functions", "frozen"])
+def test_a_rate_of_a_head_that_is_not_trained_is_refused(key):
+    config = base.get_config()
+    config.learning_rate_scale.colbert = 2.0
+    check(config)
+    config[key] = {"functions": ("dense", "sparse"), "frozen": ("colbert",)}[key]
+    with pytest.raises(ValueError, match=r"learning_rate_scale.colbert = 2.0, but the colbert head is not trained"):
+        check(config)
+
+
+def test_weights_of_datasets_are_checked_before_rows_are_read(small_data, tmp_path):
+    config = small_config(small_data, tmp_path, **{"data.weights": (1.0, 2.0)})
+    with pytest.raises(ValueError, match=r"one number above 0 for each dataset, 1 in all; \(1.0, 2.0\) came"):
+        start_data(config, [tmp_path / "not-there.jsonl"], start_model(config))
 
 
 def test_shorter_vectors_are_those_of_a_trained_function():

@@ -73,6 +73,8 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.9,
     "lines.solid_capstyle": "round",
 }
+_DASHES = ("-", "--", ":", "-.")  # of curves of one colour
+_ABREAST = 4  # names in a line of a legend
 _WIDTH = 5.4  # inches: readable at the width of a phone, and two abreast on a desk
 
 
@@ -90,7 +92,7 @@ def colour_name(function: str) -> str:
         "encoder": "ink",
         "": "ink",
     }
-    known = known.get(function, function)
+    known = known.get(function, function).split("@")[0]
     if known.startswith(BEFORE):
         return "untrained"
     return known if known in PALETTE else "soft"
@@ -137,14 +139,17 @@ def _legend(axes: Axes, columns: int) -> None:
 
 
 def draw_loss(metrics: Sequence[Mapping[str, float]]) -> str | None:
-    """The loss of each function by step, self-distillation below it once there is some, or of stage 1's parts; None without.
+    """The loss of each function and shorter vector by step, below it those against a teacher's scores and of self-distillation
+    where there are some; or of stage 1's parts; None without.
 
     Here and in the next two, each logged value is thin, and the mean of the last `smoothing_window` of them bold; the axis is
     logarithmic where the values span more than a factor of ten.
     """
-    contrastive, masked = ("dense", "sparse", "colbert", "hybrid"), ("encoder", "decoder")
+    shorter = dict.fromkeys(key.removeprefix("loss/") for row in metrics for key in row if re.match(r"loss/.+@\d", key))
+    contrastive, masked = ("dense", "sparse", "colbert", "hybrid", *shorter), ("encoder", "decoder")
     panels = (
         ("loss", contrastive, "Contrastive loss"),
+        ("teacher", contrastive, "Loss against the teacher's scores"),
         ("distill", contrastive, "Self-distillation loss"),
         ("loss", masked, "Masked-language loss"),
         ("dev", masked, "Masked-language loss on held-out texts"),
@@ -200,13 +205,16 @@ def _draw_panels(
         figure = Figure(figsize=(_WIDTH, 1.1 + 1.8 * len(panels)), layout="constrained")
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, lines) in zip(rows, panels.items(), strict=True):
+            drawn: list[str] = []
             for name, (steps, values) in lines.items():
+                dashes = _DASHES[drawn.count(_colour(name)) % len(_DASHES)]
+                drawn.append(_colour(name))
                 if window > 1:
                     axes.plot(steps, values, color=_colour(name), linewidth=0.8, alpha=0.28)
                 size = min(window, len(values))
                 mean = np.convolve(values, np.full(size, 1 / size), "valid")
                 marker = "o" if len(mean) == 1 else ""
-                axes.plot(steps[size - 1 :], mean, color=_colour(name), label=name, marker=marker)
+                axes.plot(steps[size - 1 :], mean, color=_colour(name), label=name, marker=marker, linestyle=dashes)
             finite = [value for _, values in lines.values() for value in values if math.isfinite(value)]
             if from_zero:
                 axes.set_ylim(bottom=0)
@@ -218,9 +226,9 @@ def _draw_panels(
                 axes.minorticks_off()
             axes.grid(axis="y")
             named = any(lines)
-            axes.set_title(title, pad=24 if named else None)
+            axes.set_title(title, pad=10 + 14 * math.ceil(len(lines) / _ABREAST) if named else None)
             if named:
-                _legend(axes, len(lines))
+                _legend(axes, min(len(lines), _ABREAST))
         rows[-1].set_xlabel("step")
         return _svg(figure)
 

@@ -32,7 +32,7 @@ from train.data import cldr, tfds_sets
 from train.data.builders import RowSource, prepare
 from train.data.held_out import hold_out
 from train.data.pipeline import Batches
-from train.data.streams import LengthGroup
+from train.data.streams import LengthGroup, weights_of
 from train.files import written_once
 from train.objective import OBJECTIVES, TEACHERS, measured_functions
 from train.processes import first_then_others, rows_held
@@ -90,6 +90,13 @@ def check(config: Config) -> None:
         for name, scale in config.learning_rate_scale.items()
         if not 0 < scale < math.inf
     ]
+    wrong += [
+        f"learning_rate_scale.{name} = {scale}, but the {name} head is not trained; expected 1.0"
+        for name, scale in config.learning_rate_scale.items()
+        if name != "encoder" and scale != 1 and (name not in config.functions or name in config.frozen)
+    ]
+    if config.teacher_temperature != 1 and not config.teacher:
+        wrong.append(f"teacher_temperature = {config.teacher_temperature}, but no teacher is set; expected 1.0")
     if {"encoder", *({"sparse", "colbert"} & {*config.functions})} <= {*config.frozen}:
         wrong.append(f"frozen = {config.frozen}, which leaves nothing to train")
     if len(config.functions) == 1 and config.distill_start >= 0:
@@ -283,7 +290,9 @@ class Started(NamedTuple):
 def start_data(config: Config, datasets: Sequence[Path], m3: M3) -> Started:
     """The rows of `datasets` in batches for all devices here, which the user is told of."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    config = with_length_groups(config, rows_held(mesh)[1])  # refused before the rows are tokenised
+    # Refused before the rows are tokenised.
+    config = with_length_groups(config, rows_held(mesh)[1])
+    weights_of(len(datasets), config.data.same_dataset, config.data.weights)
     source = read_rows(config, datasets, m3.tokenizer)
     batches = start_batches(config, source, mesh, m3.config)
     config = with_steps(config, batches)

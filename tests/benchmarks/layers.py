@@ -3,10 +3,12 @@
 Run it as `python tests/benchmarks/layers.py [--width 768] [--dtype float32 bfloat16]` on an otherwise idle machine: it
 chose the sizes in encoding.py and attention.py. Twelve layers of weights of their own, as in a model, because one layer's
 weights alone would stay in the caches; microseconds a token and layer, the median of some seconds of runs. Products of
-[2048, width] × [width, 4 · width] run as long before and after.
+[2048, width] × [width, 4 · width] run as long before and after. Then the layers alone, in three ways: one compiled layer
+that Python calls for each (what encode does), all in one program, and a loop in one program; with the seconds to compile.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -19,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from m3jax import attention
 from m3jax.batching import arrange, pack
 from m3jax.config import M3Config
 from m3jax.forward import Asked, forward
-from m3jax.model import cast, init
+from m3jax.model import Params, cast, init
+from m3jax.xlm_roberta import Layer
 
 SECONDS = 3.0
 SHAPES = ((512, 64), (1024, 64), (2048, 64), (4096, 64), (1024, 128), (1024, 256), (1024, 512), (4096, 4096))
@@ -67,6 +71,27 @@ def attending(blocks: tuple[int, int], length: int, heads: int, dtype: str) -> t
     return found
 
 
+def ways(config: M3Config, params: Params, hidden: jax.Array) -> dict[str, tuple[Callable[..., jax.Array], Any]]:
+    """What runs the layers, and the parameters it takes, by name."""
+    layers = params["encoder"]["layers"]
+    layers = [layers[number] for number in range(config.num_hidden_layers)]
+    graph = nnx.split(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))))[0]
+    segments = jnp.ones(hidden.shape[:2], jnp.int32)
+
+    def layer(hidden: jax.Array, params: Params) -> jax.Array:
+        return nnx.merge(graph, params)(hidden, segments, 0.0, None, packed=True)
+
+    one = jax.jit(layer)
+    loop = jax.jit(
+        lambda stacked: jax.lax.scan(lambda hidden, params: (layer(hidden, params), None), hidden, stacked)[0]
+    )
+    return {
+        "layer by layer": (lambda layers: functools.reduce(one, layers, hidden), layers),
+        "all in one program": (jax.jit(lambda layers: functools.reduce(layer, layers, hidden)), layers),
+        "a loop in one program": (loop, jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=768)
@@ -97,6 +122,17 @@ def main() -> None:
                 f"  {count:>3} × {length:<4} {layer / tokens * 1e6:6.1f} us {flops / layer / 1e9:5.0f} GFLOP/s",
                 flush=True,
             )
+        for rows, length in ((16, 64), (4, 256), (1, 4096)):
+            hidden = jax.random.normal(jax.random.key(0), (rows, length, given.width))
+            for name, (run, layers) in ways(config, params, hidden).items():
+                start = time.perf_counter()
+                with jax.default_matmul_precision("highest"):
+                    jax.block_until_ready(run(layers))
+                    compiled = time.perf_counter() - start
+                    layer = median(run, layers) / given.layers
+                print(
+                    f"  {rows:>3} × {length:<4} {layer / hidden[..., 0].size * 1e6:6.1f} us {name}, {compiled:.1f} s to compile"
+                )
         for length in (4096, 7936):
             for blocks in BLOCKS:
                 taken = (took / length * 1e6 for took in attending(blocks, length, given.width // 64, dtype))

@@ -162,3 +162,27 @@ def test_asked_to_stop_it_saves_and_says_so(start, whole, tmp_path):
     assert f"going on after step {again}\n" in finished(start(run))
     assert numbers(run) == numbers(whole)
     assert files(run / "model") == files(whole / "model")
+
+
+def test_one_of_two_processes_killed_the_other_ends_and_both_go_on(start, whole, tmp_path):
+    """It does not wait for ever for one that is gone: JAX's coordinator, here after 10 seconds in place of 100, ends it."""
+    run = tmp_path / "run"
+    soon = "import jax, functools; jax.distributed.initialize = functools.partial(jax.distributed.initialize, "
+    soon += "heartbeat_timeout_seconds=10); "
+
+    def both():
+        address = free_address()
+        return [start(run, first=soon, devices=2, distributed=f"{address},2,{index}") for index in (0, 1)]
+
+    first, second = both()
+    when(first, lambda: len(lines(run)) > max(saved(run), default=STEPS))  # among the steps, and one is saved
+    kill(second)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode not in (0, 75), said
+    left = saved(run)[-1]
+    assert 0 < left < STEPS and not (run / "model").exists()
+    again = [finished(process) for process in both()]
+    assert f"going on after step {left}\n" in again[0]
+    assert [row["step"] for row in lines(run)] == list(range(1, STEPS + 1))
+    for found, expected in zip(numbers(run), numbers(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-2), found["step"]

@@ -126,8 +126,23 @@ def test_asked_to_stop_while_they_measure_two_save_and_end_together(small_data, 
     assert_same(losses(output), losses(alone))
 
 
+# The first of two processes takes its time to write the held-out rows, and the second cannot write them.
+FIRST_WRITES = """
+import time
+import train.data.held_out as made
+
+write = made._write
+
+def slowly(*given, **how):
+    if {index}:
+        raise AssertionError("written by the second process")
+    time.sleep(3)
+    write(*given, **how)
+
+made._write = slowly
+"""
+
+
 def test_a_plan_of_two_processes_writes_what_is_made_of_the_data_once(small_data, tmp_path):
-    """The second finds the held-out rows that the first wrote."""
-    first = "import train.data.held_out as made; made._write = None if {index} else made._write; "
-    said = on_two(small_data, tmp_path / "run", first=first, plan_only=True, **{"data.held_out": 0.1})
+    said = on_two(small_data, tmp_path / "run", first=FIRST_WRITES, plan_only=True, **{"data.held_out": 0.1})
     assert "s/step" in said[0]

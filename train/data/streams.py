@@ -128,7 +128,7 @@ def make_streams(
     rows for a batch of the last group, rows of a dataset without in-batch negatives that have no negative, and bad weights.
     """
     datasets = source.datasets if same_dataset else [Dataset("all datasets", len(source), False)]
-    weights = _weights(source, same_dataset, weights)
+    weights = weights_of(len(source.datasets), same_dataset, weights)
     _check_own_groups(source)
     group_of = group_of_each(np.maximum(source.query_lengths, source.passage_lengths), groups)
     sizes = group_sizes(source, group_size)
@@ -180,12 +180,11 @@ def shapes(source: Source, streams: Sequence[Stream]) -> set[Shape]:
     }
 
 
-def _weights(source: Source, same_dataset: bool, weights: Sequence[float]) -> list[float]:
-    weights = list(weights) or [1.0] * len(source.datasets)
-    if len(weights) != len(source.datasets) or not all(0 < weight < np.inf for weight in weights):
-        raise ValueError(
-            f"weights are one number above 0 for each dataset, {len(source.datasets)} in all; {tuple(weights)} came."
-        )
+def weights_of(datasets: int, same_dataset: bool, weights: Sequence[float]) -> list[float]:
+    """The weights of so many datasets, of which batches that mix them have one; ValueError for those that mean nothing."""
+    weights = list(weights) or [1.0] * datasets
+    if len(weights) != datasets or not all(0 < weight < np.inf for weight in weights):
+        raise ValueError(f"weights are one number above 0 for each dataset, {datasets} in all; {tuple(weights)} came.")
     if same_dataset:
         return weights
     if set(weights) != {1.0}:
