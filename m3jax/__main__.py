@@ -101,7 +101,7 @@ def _inspect(directory: Path) -> Iterator[str]:
             f"{directory}: expected a directory that m3jax.encode_to wrote; there is no {shards.SETTINGS} in it"
         )
     finished = (directory / shards.FINISHED).is_file()
-    found = shards.read_json(directory / shards.FINISHED) if finished else shards.summary(directory)
+    found = shards.read_finished(directory) if finished else shards.summary(directory)
     if finished:
         shards.open_embeddings(directory)  # refuses one that has lost shards
         yield f"{directory}: finished"

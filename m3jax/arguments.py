@@ -6,8 +6,11 @@ Not here: what is done with them (encoding.py), and the further ones of encode_t
 import operator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from m3jax.config import M3Config
 from m3jax.forward import Asked
+from m3jax.tokenization import utf8
 
 
 class Plan(NamedTuple):
@@ -33,6 +36,8 @@ def make_plan(
     batch_tokens: int | None,
 ) -> Plan:
     """The plan of `encode`'s arguments; ValueError where they cannot be followed."""
+    dense, sparse, colbert = yes_or_no("dense", dense), yes_or_no("sparse", sparse), yes_or_no("colbert", colbert)
+    mcls = yes_or_no("mcls", mcls)
     max_length = config.max_length if max_length is None else whole_number("max_length", max_length)
     truncate_dim = None if truncate_dim is None else whole_number("truncate_dim", truncate_dim)
     batch_tokens = None if batch_tokens is None else whole_number("batch_tokens", batch_tokens)
@@ -50,17 +55,17 @@ def make_plan(
             if widths
             else f"truncate_dim cuts dense and colbert vectors, and neither is asked for; got {truncate_dim}"
         )
-    if not isinstance(instruction, str):
-        raise ValueError(f"instruction must be a str, got {type(instruction).__name__}: {instruction!r:.80}")
-    try:
-        instruction.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"instruction must be valid Unicode, got a lone surrogate {instruction[error.start]!a} at character {error.start}"
-        ) from error
+    utf8(instruction, "instruction")
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
     return Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """An argument as a bool, NumPy's too; ValueError where it is none."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def whole_number(name: str, value: Any) -> int:

@@ -6,10 +6,11 @@ Not here: the files (shards.py), the embeddings themselves (embedder.py).
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import CancelledError, Future
+from itertools import chain, islice
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import jax
@@ -84,17 +85,25 @@ def encode_to(
         raise ValueError(f"encode_to: directory must be on a file system, got {directory}; write to a disk and copy it")
     if colbert_dtype not in COLBERT_DTYPES:
         raise ValueError(f"encode_to: colbert_dtype must be one of {', '.join(COLBERT_DTYPES)}, got {colbert_dtype!r}")
+    if colbert_dtype != "float16" and not colbert:
+        raise ValueError(f"encode_to: colbert_dtype is of colbert, which is not asked for; got {colbert_dtype!r}")
     shard_texts = whole_number("encode_to: shard_texts", shard_texts)
     if shard_texts < 1:
         raise ValueError(f"encode_to: shard_texts must be at least 1, got {shard_texts}")
     # Refuses what `encode` refuses before anything is written.
-    asked: dict[str, Any] = {"dense": dense, "sparse": sparse, "colbert": colbert, "max_length": max_length}
-    asked |= {"instruction": instruction, "truncate_dim": truncate_dim, "mcls": mcls}
-    plan = make_plan(m3.config, **asked, batch_tokens=batch_tokens)
-    asked |= {"max_length": plan.max_length, "truncate_dim": plan.asked.width}  # as they are written down
-    max_length = plan.max_length
+    plan = make_plan(
+        m3.config,
+        dense=dense,
+        sparse=sparse,
+        colbert=colbert,
+        max_length=max_length,
+        instruction=instruction,
+        truncate_dim=truncate_dim,
+        mcls=mcls,
+        batch_tokens=batch_tokens,
+    )
     directory = Path(directory)
-    _begin(directory, provenance.settings(m3, asked, colbert_dtype, shard_texts))
+    _begin(directory, provenance.settings(m3, plan, colbert_dtype, shard_texts))
 
     done = shards.there(directory)
     finished = (directory / shards.FINISHED).is_file()
@@ -102,14 +111,14 @@ def encode_to(
         shards.open_embeddings(directory)  # refuses one that has lost shards
     multihost_utils.sync_global_devices("m3jax.encode_to: every process knows what is there")
     count = len(texts) if isinstance(texts, Sized) else None
-    most = COLBERT_BYTES // (4 * (truncate_dim or m3.config.colbert_dim)) if colbert else None
-    groups = _groups(texts, shard_texts, lambda text: min(len(instruction) + len(text) + 2, max_length), most)
+    most = COLBERT_BYTES // (4 * (plan.asked.width or m3.config.colbert_dim)) if colbert else None
+    groups = _groups(texts, shard_texts, lambda text: min(len(instruction) + len(text) + 2, plan.max_length), most)
     first = next(groups)
     if not finished:
-        sample: Sequence[str] = first.texts[:: len(first.texts) // SAMPLE + 1]
-        if isinstance(texts, Sequence):
-            sample = [texts[row] for row in range(0, len(texts), len(texts) // SAMPLE + 1)]
-        sizes = room.bytes_a_text(m3, sample, asked, colbert_dtype)
+        # Over all texts where they can be gone through once more: a file's first may be of another kind than its last.
+        all_of_them = texts if count and iter(texts) is not texts else first.texts
+        sample = [*islice(all_of_them, 0, None, (count or len(first.texts)) // SAMPLE + 1)]
+        sizes = room.bytes_a_text(m3, sample, plan, colbert_dtype)
         came = sum(shards.read_record(directory, index)["texts"] for index in done)
         room.check(directory, count, sizes, came, say=jax.process_index() == 0)
 
@@ -147,9 +156,9 @@ def encode_to(
     if jax.process_index() == 0 and not finished:
         shards.finish(directory)
     _until((directory / shards.FINISHED).is_file)
-    total = shards.read_json(directory / shards.FINISHED)
+    total = shards.read_finished(directory)
     if total["cut"]:
-        warnings.warn(say_cut(total["cut"], total["texts"], max_length), stacklevel=2)
+        warnings.warn(say_cut(total["cut"], total["texts"], plan.max_length), stacklevel=2)
     return shards.open_embeddings(directory)
 
 
@@ -223,13 +232,13 @@ def _check_same(directory: Path, group: _Group) -> None:
 
 class _Writer:
     """Writes a shard on a thread while the next ones are encoded; `put` waits for the one before, so that two shards are in
-    memory, and leaving for the last one, whatever ended the block."""
+    memory, and leaving for the last one. Ctrl-C does not wait: what is then being written does not appear."""
 
     def __init__(self, directory: Path, colbert_dtype: ColbertDtype):
         self._directory = directory
         self._dtype: ColbertDtype = colbert_dtype
-        self._pool = ThreadPoolExecutor(1)
-        self._writing: Future[Any] | None = None
+        self._stop = Event()
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> "_Writer":
         return self
@@ -238,20 +247,34 @@ class _Writer:
         """Take the embeddings of a group's texts; None is for another process to write."""
         self._wait()
         if group is not None:
-            self._writing = self._pool.submit(self._write, group, arrays, cut)
+            self._writing = Future()
+            # A daemon, for which a process that ends does not wait.
+            Thread(target=self._write, args=(self._writing, group, arrays, cut), daemon=True).start()
 
-    def _write(self, group: _Group, arrays: Arrays, cut: int) -> None:
-        rows = Embeddings(*arrays)
-        shards.write_shard(self._directory, group.index, rows, colbert_dtype=self._dtype, cut=cut, digest=group.digest)
+    def _write(self, writing: Future[None], group: _Group, arrays: Arrays, cut: int) -> None:
+        about: dict[str, Any] = {"colbert_dtype": self._dtype, "cut": cut, "digest": group.digest}
+        try:
+            shards.write_shard(self._directory, group.index, Embeddings(*arrays), go_on=self._go_on, **about)
+        except BaseException as error:
+            writing.set_exception(error)
+        else:
+            writing.set_result(None)
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise CancelledError
 
     def _wait(self) -> None:
         if self._writing is not None:
             self._writing.result()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._pool.shutdown()
         if error is None:
             self._wait()
+        elif not isinstance(error, Exception):
+            self._stop.set()
+        elif self._writing is not None:
+            self._writing.exception()  # waits; the error that ended the block is the one to tell
 
 
 def _check_no_more(directory: Path, count: int) -> None:

@@ -70,7 +70,15 @@ def _keep_compilations() -> None:
         # A layer compiles in less than the second from which JAX keeps things, but a corpus needs dozens of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if config.jax_compilation_cache_dir is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        try:
+            caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:
+            warnings.warn(
+                "this user has no home folder, so what JAX compiles is not kept for the next process; set XDG_CACHE_HOME, or "
+                "JAX_ENABLE_COMPILATION_CACHE=0 to say that nothing is to be",
+                stacklevel=3,
+            )
+            return
         jax.config.update("jax_compilation_cache_dir", str(caches / "m3jax"))
         compilation_cache.reset_cache()  # JAX looks for the folder once, at the first compilation, which may have been
 

@@ -4,7 +4,9 @@ Not here: what users pass and get (embedder.py, corpus.py), how texts share batc
 (forward.py).
 """
 
+import hashlib
 import math
+import re
 import time
 import warnings
 from collections import deque
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.errors import JaxRuntimeError
+from jax.experimental import multihost_utils
 
 from m3jax.arguments import Plan
 from m3jax.batching import PackedIds, Packing, arrange, pack
@@ -66,6 +69,10 @@ _AT_WORK = 2
 _CHARACTERS_AT_ONCE = 1 << 18
 # Computations that XLA lets wait on CPU; starting one more waits for one of them, and nothing breaks that off.
 _CPU_QUEUE = 32
+
+
+# What JAX says where memory is short: of one program the first, of one that waited for another on CPU the second.
+_OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
 def say_cut(cut: int, count: int, max_length: int) -> str:
@@ -191,6 +198,20 @@ class _Batch(NamedTuple):
     results: Results | Exception
 
 
+def _check_same(window: _Window, ids: list[np.ndarray]) -> None:
+    """Parameters that span processes make all compute the same batches: with other texts in one, all rows would be wrong."""
+    digest = hashlib.blake2b(repr((window.count, window.first, [len(row) for row in ids])).encode(), digest_size=8)
+    for row in ids:
+        digest.update(row.tobytes())
+    digests = multihost_utils.process_allgather(np.frombuffer(digest.digest(), np.uint8))
+    if differing := np.flatnonzero((digests != digests[0]).any(axis=1)).tolist():
+        raise ValueError(
+            "parameters on a mesh of several processes mean that all of them pass the same texts in the same order, but "
+            f"among texts {window.first} to {window.first + len(ids) - 1} those of processes {differing} are not those of "
+            "process 0; pass all of them the same, or give each process parameters of its own (m3jax.load)"
+        )
+
+
 def _arrays(batch: _Batch) -> list[Any]:  # jax.Array does not tell type checkers of is_ready
     return [] if isinstance(batch.results, Exception) else [x for x in batch.results if x is not None]
 
@@ -232,6 +253,8 @@ class _Device:
         if not tokenised.done():
             self.finish()  # the device has nothing else to do
         ids, cut, packings = tokenised.result()
+        if self._several_processes:
+            _check_same(window, ids)
         if window.first == 0:
             self._collected = Collected(self._m3.config, window.count, self._plan.asked, mcls=self._plan.mcls)
         collected = self._collected
@@ -272,7 +295,7 @@ class _Device:
                 raise batch.results
             results = Results(*jax.device_get(batch.results))
         except JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or len(batch.ids) == 1:
+            if not _OUT_OF_MEMORY.search(str(error)) or len(batch.ids) == 1:
                 raise
             if self._several_processes:
                 rows, length = batch.packing.shape

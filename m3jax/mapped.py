@@ -22,6 +22,9 @@ class _Shards:
 
     def __init__(self, folders: Sequence[Path], counts: Sequence[int], names: Sequence[str], take: Callable[..., Any]):
         self.ends = np.cumsum(counts, dtype=np.int64)
+        for path in (folder / f"{name}.npy" for folder in folders for name in names):
+            if not path.is_file():
+                raise _damaged(path, "it is not there")
 
         @functools.lru_cache(_MAPPED)
         def mapped(index: int) -> Any:
@@ -71,9 +74,13 @@ def _map(path: Path) -> np.ndarray:
         # The array under np.memmap, whose class makes every slice dearer.
         return np.asarray(np.load(path, mmap_mode="r"))
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path}: expected the array that encode_to wrote ({error}); copy the directory again, or encode again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    return ValueError(
+        f"{path}: expected the array that encode_to wrote ({why}); copy the directory again, or encode again"
+    )
 
 
 class Dense(Stored):

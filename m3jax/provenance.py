@@ -5,18 +5,20 @@ Not here: where it is written (shards.py) and when it is compared (corpus.py).
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from m3jax.arguments import Plan
 from m3jax.model import M3, flatten
 from m3jax.shards import FORMAT
 
 
-def settings(m3: M3, asked: Mapping[str, Any], colbert_dtype: str, shard_texts: int) -> dict[str, Any]:
-    """All that the rows and their places depend on, as JSON. asked: the arguments of encode that change what comes out."""
+def settings(m3: M3, plan: Plan, colbert_dtype: str, shard_texts: int) -> dict[str, Any]:
+    """All that the rows and their places depend on, as JSON."""
+    asked = plan.asked
     return {
         "format": FORMAT,
         "model": {
@@ -25,8 +27,14 @@ def settings(m3: M3, asked: Mapping[str, Any], colbert_dtype: str, shard_texts: 
             "weights": fingerprint(m3),
             "tokenizer": hashlib.blake2b(m3.tokenizer.json.encode(), digest_size=8).hexdigest(),
         },
-        **asked,
-        "colbert_dtype": colbert_dtype if asked["colbert"] else None,
+        "dense": asked.dense,
+        "sparse": asked.sparse,
+        "colbert": asked.colbert,
+        "max_length": plan.max_length,
+        "instruction": plan.instruction,
+        "truncate_dim": asked.width,
+        "mcls": plan.mcls,
+        "colbert_dtype": colbert_dtype if asked.colbert else None,
         "shard_texts": shard_texts,
     }
 

@@ -6,28 +6,26 @@ Not here: the check of each shard as it is written (shards.py).
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from m3jax import shards
+from m3jax.arguments import Plan
 from m3jax.model import M3
 from m3jax.tokenization import cls_columns
 
 
-def bytes_a_text(m3: M3, sample: Sequence[str], asked: Mapping[str, Any], colbert_dtype: str) -> dict[str, float]:
+def bytes_a_text(m3: M3, sample: Sequence[str], plan: Plan, colbert_dtype: str) -> dict[str, float]:
     """The bytes that each output takes, per text: of dense what they are, of the others what the sample has on average."""
     # What is wrong with a text is said when its turn comes, with its number.
     sound = [text.encode("utf-8", "replace").decode() for text in sample if isinstance(text, str)]
-    ids, _ = m3.tokenizer.encode(
-        [asked["instruction"] + text for text in sound], asked["max_length"], mcls=asked["mcls"]
-    )
-    vectors = np.mean([len(text) - len(cls_columns(len(text), mcls=asked["mcls"])) for text in ids] or [0])
+    ids, _ = m3.tokenizer.encode([plan.instruction + text for text in sound], plan.max_length, mcls=plan.mcls)
+    vectors = np.mean([len(text) - len(cls_columns(len(text), mcls=plan.mcls)) for text in ids] or [0])
     terms = np.mean([len(set(text.tolist()) - m3.tokenizer.unused_ids) for text in ids] or [0])
-    cut = asked["truncate_dim"] or sys.maxsize
+    cut = plan.asked.width or sys.maxsize
     colbert = min(m3.config.colbert_dim, cut) * np.dtype(colbert_dtype).itemsize + 4 * (colbert_dtype == "int8")
     sizes = {"dense": 4 * min(m3.config.hidden_size, cut), "sparse": 8 * terms + 8, "colbert": vectors * colbert + 8}
-    return {name: float(size) for name, size in sizes.items() if asked[name]}
+    return {name: float(size) for name, size in sizes.items() if getattr(plan.asked, name)}
 
 
 def check(directory: Path, count: int | None, sizes: Mapping[str, float], came: int, *, say: bool) -> None:

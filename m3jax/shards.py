@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,7 +57,7 @@ def open_embeddings(directory: str | Path) -> Embeddings:
             f"{directory}: the embeddings are not finished: {count} shards are there; call encode_to again with the same "
             "texts and settings, and it goes on from there"
         )
-    finished = read_json(directory / FINISHED)
+    finished = read_finished(directory)
     counts, parts = finished["shards"], finished["parts"]
     missing = sorted(set(range(len(counts))) - there(directory))
     if missing:
@@ -84,11 +85,18 @@ def quantise(vectors: Float32[np.ndarray, "j c"]) -> tuple[Int8[np.ndarray, "j c
 
 
 def write_shard(
-    directory: Path, index: int, rows: Embeddings, *, colbert_dtype: ColbertDtype, **record: Any
+    directory: Path,
+    index: int,
+    rows: Embeddings,
+    *,
+    colbert_dtype: ColbertDtype,
+    go_on: Callable[[], None] = lambda: None,
+    **record: Any,
 ) -> dict[str, Any]:
     """Write the shard of these rows and return its record, which `record` is added to. It appears whole or not at all.
 
-    Raises ValueError where the disk has too little room, or the shard is there already.
+    go_on: called between its files and before it appears; an error that it raises ends the writing. Raises ValueError where
+    the disk has too little room, or the shard is there already.
     """
     arrays, parts = _arrays(rows, colbert_dtype)
     size = sum(array.nbytes for array in arrays.values())
@@ -105,12 +113,14 @@ def write_shard(
     partial.mkdir()
     try:
         for name, array in arrays.items():
+            go_on()
             with open(partial / f"{name}.npy", "wb") as file:
                 np.save(file, array)
                 file.flush()
                 os.fsync(file.fileno())
         write_json(partial / SHARD, record)
         _sync(partial)
+        go_on()
         partial.rename(directory / _name(index))
         _sync(directory)
     except OSError as error:
@@ -137,17 +147,22 @@ def there(directory: Path) -> set[int]:
 
 def read_record(directory: Path, index: int) -> dict[str, Any]:
     """What shard.json says of one shard."""
-    return read_json(directory / _name(index) / SHARD)
+    return _read_json(directory / _name(index) / SHARD, "texts", "parts", "cut", "digest")
+
+
+def read_finished(directory: Path) -> dict[str, Any]:
+    """What finished.json says of all shards together: as `summary`."""
+    return _read_json(directory / FINISHED, "texts", "parts", "cut", "shards")
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
     """What the rows of a directory are made with; None where none were begun. ValueError for another format."""
     if not (directory / SETTINGS).is_file():
         return None
-    settings = read_json(directory / SETTINGS)
-    if settings.get("format") != FORMAT:
+    settings = _read_json(directory / SETTINGS, "format")
+    if settings["format"] != FORMAT:
         raise ValueError(
-            f"{directory / SETTINGS}: the format must be {FORMAT!r}, got {settings.get('format')!r}; read it with the m3jax "
+            f"{directory / SETTINGS}: the format must be {FORMAT!r}, got {settings['format']!r}; read it with the m3jax "
             "that wrote it, or encode again"
         )
     return settings
@@ -181,12 +196,14 @@ def summary(directory: Path) -> dict[str, Any]:
     return {"texts": sum(texts), "cut": sum(record["cut"] for record in records), "parts": parts, "shards": texts}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object of a file that this module wrote; ValueError with its path where it is none."""
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object of a file that this module wrote, with these keys; ValueError with its path where it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("no object")
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"no {', '.join(missing)}")
         return content
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a JSON object as encode_to writes it ({error}); encode again") from error

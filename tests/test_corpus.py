@@ -91,6 +91,8 @@ def test_bad_arguments(m3, tmp_path):
         ({"truncate_dim": 17}, ValueError, "between 1 and the width of the vectors that are asked for, 16, got 17"),
         ({"shard_texts": 0}, ValueError, "shard_texts must be at least 1, got 0"),
         ({"colbert_dtype": "int4"}, ValueError, "colbert_dtype must be one of float16, int8, float32, got 'int4'"),
+        ({"colbert_dtype": "int8"}, ValueError, "colbert_dtype is of colbert, which is not asked for; got 'int8'"),
+        ({"mcls": 1}, ValueError, "mcls must be True or False, got 1"),
         ({"max_length": 99}, ValueError, "2 to 38, got 99"),
         ({"max_length": 4.5}, ValueError, "max_length must be a whole number, got 4.5"),
         ({"shard_texts": 4.5}, ValueError, "shard_texts must be a whole number, got 4.5"),
@@ -103,7 +105,7 @@ def test_bad_arguments(m3, tmp_path):
     with pytest.raises(ValueError, match="must be on a file system, got gs://bucket/x"):
         m3jax.encode_to("gs://bucket/x", m3, TEXTS)
     assert not list(tmp_path.iterdir())
-    numbers = {"max_length": np.int64(9), "truncate_dim": np.int64(4), "shard_texts": np.int64(2)}
+    numbers = {"max_length": np.int64(9), "truncate_dim": np.int64(4), "shard_texts": np.int64(2), "mcls": np.False_}
     m3jax.encode_to(tmp_path / "x", m3, ["a"], **numbers)
 
 

@@ -225,16 +225,18 @@ from m3jax import corpus, shards
 from m3jax.sharding import make_mesh
 m3 = m3jax.load(model)
 texts = Path(texts).read_text().split("\\n")
-if mode == "together":
+if mode in ("together", "differing"):
     everywhere = jax.NamedSharding(make_mesh(), jax.P())
     params = jax.tree.map(lambda x: jax.make_array_from_process_local_data(everywhere, np.asarray(x)), m3.params)
     m3 = m3jax.M3(m3.config, params, m3.tokenizer)
+if mode == "differing" and number == "1":
+    texts[7], texts[8] = texts[8], texts[7]
 encoded, run, written, write = [], corpus.run, [], shards.write_shard
 
 def seen(parts):
     for key, some in parts:
         encoded.append(texts.index(some[0]) // 5)
-        if soon and number == "1":
+        if mode in ("killed", "raises") and number == "1":
             os.kill(os.getpid(), signal.SIGKILL) if mode == "killed" else sys.exit("out of patience")
         yield key, some
 
@@ -280,6 +282,16 @@ def on_two(folder, mode):
         for process in processes:
             process.kill()
     return [process.returncode for process in processes], done
+
+
+def test_two_processes_that_must_compute_the_same_batches_refuse_others(m3, tmp_path):
+    m3jax.save(m3, tmp_path / "model")
+    (tmp_path / "texts").write_text("\n".join(f"{text} {number}" for number, text in enumerate(TEXTS)))
+    codes, done = on_two(tmp_path, "differing")
+    assert 0 not in codes, done
+    for _, error in done:
+        assert "among texts 0 to 4 those of processes [1] are not those of process 0" in error
+    assert shards.there(tmp_path / "x") <= {0}
 
 
 @pytest.mark.parametrize("mode", ["killed", "raises"])

@@ -3,6 +3,7 @@ import itertools
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import tqdm.std
 
 import m3jax
+from m3jax import embedder
 from m3jax.config import M3Config
 from m3jax.model import M3, apply, cast, shapes
 
@@ -185,6 +187,26 @@ def test_bad_arguments(m3):
         m3jax.encode(m3, ["a", None])
     with pytest.raises(ValueError, match="batch_tokens"):
         m3jax.encode(m3, TEXTS, batch_tokens=0)
+    for name in ("dense", "sparse", "colbert", "mcls"):
+        with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
+            m3jax.encode(m3, TEXTS, **{name: "no"})
+    assert m3jax.encode(m3, TEXTS, dense=np.True_, sparse=np.False_, mcls=np.False_).terms is None
+
+
+def test_without_a_home_folder_nothing_that_is_compiled_is_kept(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with pytest.warns(UserWarning, match="no home folder, so what JAX compiles is not kept"):
+            embedder._keep_compilations()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def test_results_are_float32_whatever_the_model_is(m3, embeddings):

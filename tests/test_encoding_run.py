@@ -5,10 +5,13 @@ Not here: its numbers (test_encoding.py); several devices (e2e/test_encode.py).
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +21,10 @@ from jax.errors import JaxRuntimeError
 import m3jax
 import m3jax.arguments
 import m3jax.encoding
+from tests.random_model import random_model
 from tests.texts_alone import ALL, TEXTS, alone, assert_same, model_of_1024, words
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +222,23 @@ def out_of_memory():
     return JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
 
 
+SHORT_OF_MEMORY = """
+import resource, sys, warnings
+import numpy as np
+import m3jax
+m3 = m3jax.load(sys.argv[1])
+texts = ["fox " * 400] * 16
+m3jax.encode(m3, texts[:1], batch_tokens=512)  # what is loaded and compiled once is not the batch's
+expected = m3jax.encode(m3, texts, batch_tokens=512).dense_vecs
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 40 * 2**20, resource.RLIM_INFINITY))
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    found = m3jax.encode(m3, texts, batch_tokens=1 << 20).dense_vecs
+print([str(one.message)[:80] for one in said], abs(found - expected).max())
+"""
+
+
 def failing(monkeypatch, fits, late, make=out_of_memory):
     """forward fails with `make()` on batches for which not `fits(shape)`; gives the shapes it is called with."""
     forward, seen = m3jax.encoding.forward, []
@@ -247,6 +270,17 @@ def test_batches_that_do_not_fit_are_halved(m3, expected, monkeypatch, late, win
     assert len(failed) <= 2 * len(caught)
     first = caught[0].message.args[0]
     assert f"below {failed[0]} " in first
+
+
+def test_a_batch_is_halved_where_memory_is_really_short(tiny_tokenizer, tmp_path):
+    """In the words of JAX, which on CPU are others where one program waits for another."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    m3jax.save(random_model(tiny_tokenizer, **sizes, colbert_dim=8), tmp_path / "model")
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "a batch of 16 x " in done.stdout and "did not fit" in done.stdout, done.stdout
+    assert float(done.stdout.split()[-1]) < 1e-5
 
 
 @pytest.mark.parametrize("batch_tokens", [200, 5000])

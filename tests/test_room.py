@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 import m3jax
@@ -40,6 +41,29 @@ def test_the_size_is_said_first(m3, tmp_path, capsys):
     assert said(capsys)[0].endswith("; 10 texts are there")
     m3jax.encode_to(tmp_path / "z", m3, TEXTS, **SMALL)
     assert said(capsys) == []
+
+
+class Counted:
+    """Texts as a file has them: counted, and read as often as they are asked for."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __iter__(self):
+        return iter(self.texts)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, Counted])
+def test_the_size_is_estimated_of_all_texts_and_not_of_the_first(m3, tmp_path, capsys, kind):
+    """Short ones first, as files that were sorted have them."""
+    texts = ["fox"] * 20 + ["fox " * 12] * 20
+    m3jax.encode_to(tmp_path / "x", m3, kind(texts), colbert=True, shard_texts=5)
+    estimated = re.search(r"colbert about ([\d,]+)", said(capsys)[0])[1]
+    took = json.loads(files(tmp_path / "x")["finished.json"])["parts"]["colbert"]["bytes"]
+    assert took == pytest.approx(int(estimated.replace(",", "")), abs=8 * 8)
 
 
 def test_what_does_not_fit_is_refused_before_it_begins(m3, tmp_path, monkeypatch):

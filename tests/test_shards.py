@@ -187,6 +187,12 @@ def test_the_files_are_plain_numpy(memory, tmp_path):
             lambda d: os.truncate(d / "shard-00000001" / "dense.npy", 150),
             r"dense.npy: expected the array that encode_to",
         ),
+        (
+            lambda d: (d / "shard-00000003" / "sparse_indptr.npy").unlink(),
+            r"shard-00000003.sparse_indptr.npy: expected the array that encode_to wrote \(it is not there\)",
+        ),
+        (lambda d: (d / "finished.json").write_text('{"parts": {}, "cut": 0}'), "finished.json: .*no texts, shards"),
+        (lambda d: (d / "settings.json").write_text("{}"), "settings.json: .*no format"),
     ],
 )
 def test_what_is_not_whole_is_refused(tmp_path, memory, break_it, message):
@@ -194,6 +200,13 @@ def test_what_is_not_whole_is_refused(tmp_path, memory, break_it, message):
     break_it(directory)
     with pytest.raises(ValueError, match=message):
         m3jax.open_embeddings(directory).dense_vecs[:]
+
+
+def test_a_record_that_is_not_whole_is_refused(tmp_path, memory):
+    directory = write(tmp_path / "x", memory)
+    (directory / "shard-00000002" / "shard.json").write_text('{"texts": 3}')
+    with pytest.raises(ValueError, match=r"shard-00000002.shard.json: .*no parts, cut, digest"):
+        shards.summary(directory)
 
 
 def test_a_shard_is_never_half_there(tmp_path, memory, monkeypatch):
