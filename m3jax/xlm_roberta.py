@@ -68,7 +68,12 @@ def _linear_backward(dtype: jnp.dtype, kept: tuple[Array, ...], gradient: Array)
     # The gradient of the bias sums up what is rounded, so that no float32 of it is ever written.
     gradient = gradient.astype(kernel.dtype)
     rows = tuple(range(x.ndim - 1))
-    to_x, to_kernel = _dot(gradient, kernel, (x.ndim - 1,), (1,), dtype), _dot(x, gradient, rows, rows, dtype)
+    to_x = _dot(gradient, kernel, (x.ndim - 1,), (1,), dtype)
+    if platform() == "cpu" and x.shape[-1] > gradient.shape[-1]:
+        # XLA writes a product's first factor anew, transposed, which takes as long as the product: the narrower of the two.
+        to_kernel = _dot(gradient, x, rows, rows, dtype).T
+    else:
+        to_kernel = _dot(x, gradient, rows, rows, dtype)
     to_bias = gradient.sum(rows, dtype=jnp.float32)
     return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype), to_bias
 
