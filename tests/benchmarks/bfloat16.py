@@ -2,7 +2,8 @@
 
 Run it as `python tests/benchmarks/bfloat16.py [--geometry 12x256] [--seed 0]`: 256 queries, 48 passages and 2 documents (the
 mixes of encode.py), all in one call; for other batches in another order and with --batch-tokens. Dense and colbert: 1 − cosine
-of each vector; sparse: what a term's weights differ in. Two numbers are largest and mean.
+of each vector; sparse: what a term's weights differ in. Two numbers are largest and mean. --rounded rounds the results of
+linear layers to bfloat16 on CPU too, as GPUs and TPUs do.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from encode import table
 from texts import MIXES, make_texts, small_tokenizer
 
 import m3jax
+from m3jax import xlm_roberta
 from m3jax.model import cast
 from tests.random_model import random_model
 
@@ -41,7 +43,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the model's weights")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--counts", type=int, nargs=3, default=(256, 48, 2), help="queries, passages, documents")
+    parser.add_argument("--rounded", action="store_true")
     given = parser.parse_args()
+    if given.rounded:
+        xlm_roberta.platform = lambda: "gpu"
     layers, width = map(int, given.geometry.split("x"))
     with tempfile.TemporaryDirectory() as folder:
         given.tokenizer, given.texts = Path(folder) / "tokenizer.json", None
