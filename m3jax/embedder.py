@@ -140,8 +140,8 @@ def encode(
     A text has the same numbers alone, in any batch and at any place: within 1e-5 in float32. In bfloat16, from batch to batch
     and beside float32, dense and colbert vectors of random models from 4 × 256 to 24 × 1024 have a cosine above 1 − 1e-3, and
     lexical weights, large and small, of up to 1 are within 0.02; at 2 × 64 above 1 − 1e-2 and within 0.07. Measured on CPU:
-    5.0e-4 and 0.016 of 24 models of 4 × 256, 8e-6 and 0.004 of 2 of 24 × 1024, 6.9e-3 and 0.047 of 40 of 2 × 64 (RESULTS.md). GPU
-    and TPU round the result of each linear layer too; so rounded on CPU, 2.0e-4 and 0.010 of 3 of 4 × 256.
+    5.0e-4 and 0.016 of 24 models of 4 × 256, 8e-6 and 0.004 of 2 of 24 × 1024, 6.9e-3 and 0.047 of 40 of 2 × 64. GPU and TPU
+    round the result of each linear layer too; so rounded on CPU, 2.0e-4 and 0.010 of 3 of 4 × 256 (RESULTS.md).
 
     Raises ValueError where max_length exceeds the position table, nothing is asked for, or an item is not a str.
     """
