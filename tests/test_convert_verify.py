@@ -20,6 +20,7 @@ from m3jax.embeddings import Embeddings
 from m3jax.model import M3, flatten, shapes, unflatten
 from m3jax.tokenization import Tokenizer
 
+# Never skipped where `.[test]` is installed, as in CI; the others here run without torch too, as `m3jax` does.
 needs_torch = pytest.mark.skipif(
     not reference.is_installed(), reason="the PyTorch side needs torch and transformers (the `test` extra)"
 )

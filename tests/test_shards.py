@@ -263,6 +263,7 @@ print(json.dumps([*given, max(peak, before) - before]))
 """
 
 
+# Mapped pages are what is measured: of these no portable counter tells. Never skipped on Linux, as in CI.
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory from Linux's /proc")
 def test_searching_takes_the_memory_of_a_block(tmp_path):
     """670 MB of dense vectors and 600 MB of colbert's in float32, of which some blocks of 8 MB are in memory."""

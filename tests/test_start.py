@@ -14,7 +14,8 @@ from configs import base
 from m3jax.config import M3Config
 from m3jax.model import M3, cast, init
 from tests.small_run import small_config
-from train.start import check, read_rows, start_data, start_model, with_length_groups, with_steps
+from train.settings import check
+from train.start import read_rows, start_data, start_model, with_length_groups, with_steps
 
 
 def test_a_batch_divides_by_the_devices():

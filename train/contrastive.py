@@ -33,9 +33,9 @@ from train.plan import plan
 from train.preemption import Preemption
 from train.processes import agreed, first_then_others, is_first, on_host
 from train.release import card_of_run
+from train.settings import check
 from train.start import (
     DataPaths,
-    check,
     checkpoints_of,
     data_paths,
     read_sets,

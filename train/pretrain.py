@@ -32,7 +32,8 @@ from train.optimizer import make_optimizer
 from train.preemption import Preemption
 from train.processes import first_then_others, is_first, on_host, rows_held
 from train.reconstruction import HeldOut, make_step
-from train.start import check, length_step, listed, new_model, path_of, with_length_groups
+from train.settings import check
+from train.start import length_step, listed, new_model, path_of, with_length_groups
 
 # A run goes on only with these as it began, and with the same texts.
 _KEPT = (
