@@ -14,39 +14,65 @@ _CALL = re.compile(r"\b(body|condition|calls|to_apply)=%?([\w.-]+)|\bbranch_comp
 _COLLECTIVE = re.compile(
     r" = (.+?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|ragged-all-to-all)(?:-start)?\("
 )
-_ARRAY = re.compile(r"\b[a-z]+\d*\w*\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_BOUND = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
+_BYTES = {"bf16": 2, "f16": 2, "u16": 2, "s16": 2, "pred": 1, "s8": 1, "u8": 1}  # of a number; of other types 4
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
 class Collective(NamedTuple):
     """arrays: the sizes of each array that it gives, on one device. loops: how many of the program's loops it is in.
-    source: the names that JAX gave to where it comes from."""
+    source: the names that JAX gave to where it comes from. received: bytes that a device receives each time; an all-reduce
+    counts twice, as a reduce-scatter and an all-gather. times: how often it runs in a step."""
 
     kind: str
     arrays: tuple[tuple[int, ...], ...]
     loops: int
     source: str
+    received: int
+    times: int
 
 
 def collectives(text: str) -> list[Collective]:
     """Every collective of a program; of one that begins and ends apart its beginning, which names what goes and what comes."""
-    computation, callers, found = "", {}, []
+    computation, callers, found, bounds = "", {}, [], {}
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             computation = head[1]
+        if bound := _BOUND.search(line):
+            bounds.setdefault(computation, set()).add(int(bound[1]))
+        condition = _CONDITION.search(line)
         for how, called, branches in _CALL.findall(line):
             for name in (called or branches).split(", "):
-                callers.setdefault(name.lstrip("%"), set()).add((computation, how == "body"))
+                within = condition[1] if condition and how == "body" else None
+                callers.setdefault(name.lstrip("%"), set()).add((computation, within))
         if sent := _COLLECTIVE.search(line):
-            arrays = tuple(tuple(map(int, filter(None, sizes.split(",")))) for sizes in _ARRAY.findall(sent[1]))
+            named = _ARRAY.findall(sent[1])
+            arrays = tuple(tuple(map(int, filter(None, sizes.split(",")))) for _, sizes in named)
             source = _SOURCE.search(line)
-            found.append((computation, sent[2], arrays, source[1] if source else ""))
+            comes = [(kind, size) for (kind, _), size in zip(named, arrays, strict=True) if size]
+            if f"{sent[2]}-start(" in line and sent[2] != "all-reduce":
+                comes = comes[len(comes) // 2 :]
+            of_numbers = sum(_BYTES.get(kind, 4) * math.prod(size) for kind, size in comes)
+            twice = sent[2] == "all-reduce" and "all-reduce-scatter" not in computation
+            found.append((computation, sent[2], arrays, source[1] if source else "", of_numbers * (1 + twice)))
 
     @functools.cache
-    def loops(name: str) -> int:
-        return max((loops(caller) + in_loop for caller, in_loop in callers.get(name, ())), default=0)
+    def loops(name: str) -> tuple[int, int]:
+        """In how many loops a computation is, and how often it runs: a loop counts from 0 to its condition's one number."""
+        within = [(0, 1)]
+        for caller, condition in callers.get(name, ()):
+            count, times = loops(caller)
+            bound = bounds.get(condition, {1})
+            assert len(bound) == 1, f"{condition} has the numbers {bound}"
+            within.append((count + (condition is not None), times * max(bound) if condition else times))
+        return max(within)
 
-    return [Collective(kind, arrays, loops(name), source) for name, kind, arrays, source in found]
+    return [
+        Collective(kind, arrays, loops(name)[0], source, received, loops(name)[1])
+        for name, kind, arrays, source, received in found
+    ]
 
 
 def activations(found: Iterable[Collective], parameters: Sequence[tuple[int, ...]], least: int) -> list[Collective]:

@@ -37,6 +37,14 @@ HloModule jit_step
 metadata={op_name="jit(step)/transpose(jvp())/while/body/while/body/dot_general"}
 }
 
+%layer_condition (p: (f32[16,24,64])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(3)
+}
+
+%part_condition (p: (f32[16,24,64])) -> pred[] {
+  %bound.1 = u32[] constant(4)
+}
+
 %part (p: (f32[16,24,64])) -> (f32[16,24,64]) {
   %all-to-all.1 = f32[8,2,24,8]{3,2,1,0} all-to-all(%x), dimensions={0}, metadata={op_name="jit(step)/jvp()/while/body/gather"}
   %while.1 = (f32[16,24,64]{2,1,0:T(8,128)}) while(%t), condition=%layer_condition, body=%layer
@@ -58,10 +66,16 @@ ENTRY %main (p: f32[64,96]) -> f32[] {
 def test_a_program_is_read():
     reduced, exchanged, gathered, of_scores, scattered = found = collectives(TEXT)
     name = "jit(step)/transpose(jvp())/while/body/while/body/dot_general"
-    assert reduced == Collective("all-reduce", ((16, 24, 64), (64,)), 2, name)
-    assert (exchanged.kind, exchanged.arrays, exchanged.loops) == ("all-to-all", ((8, 2, 24, 8),), 1)
-    assert gathered == Collective("all-gather", ((8, 96), (64, 96)), 0, "")
-    assert of_scores.kind == "all-gather" and scattered == Collective("all-reduce", ((96, 64),), 0, "")
+    assert reduced == Collective("all-reduce", ((16, 24, 64), (64,)), 2, name, 8 * (16 * 24 * 64 + 64), 12)
+    assert (exchanged.kind, exchanged.arrays, exchanged.loops, exchanged.times) == (
+        "all-to-all",
+        ((8, 2, 24, 8),),
+        1,
+        4,
+    )
+    assert gathered == Collective("all-gather", ((8, 96), (64, 96)), 0, "", 4 * 64 * 96, 1)
+    assert (of_scores.kind, of_scores.received) == ("all-gather", 2 * 64 * 24 * 64)
+    assert scattered == Collective("all-reduce", ((96, 64),), 0, "", 4 * 96 * 64, 1)
     assert activations(found, PARAMETERS, LEAST) == [reduced, exchanged]
     assert activations(found, PARAMETERS, 16 * 24 * 64 + 1) == []
     assert gradients(found, PARAMETERS) == {2: 64, 0: 96 * 64}

@@ -78,14 +78,14 @@ def test_the_encoder_s_passes_beside_the_traced_products(frozen, remat, parts):
     rows, length, passages, passage_length = 2, 12, 6, 20
 
     def loss(params):
-        if frozen:
-            params = params | {"encoder": jax.lax.stop_gradient(params["encoder"])}
-
-        def encode(ids):
+        def encode(params, ids):
+            if frozen:
+                params = params | {"encoder": jax.lax.stop_gradient(params["encoder"])}
             return apply(MODEL, params, ids, ids >= 0, remat=remat).token_weights
 
         texts = jnp.ones((rows, length), int), jnp.ones((passages, passage_length), int)
-        return sum((encode_in(count, encode, ids) ** 2).sum() for count, ids in zip(parts[:2], texts, strict=True))
+        sides = ((count, (ids,)) for count, ids in zip(parts[:2], texts, strict=True))
+        return sum((found**2).sum() for found in encode_in(encode, params, *sides))
 
     traced = jax.make_jaxpr(jax.grad(loss))(shapes(MODEL))
     used, _ = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))

@@ -120,9 +120,9 @@ def test_the_run_and_the_plan_encode_in_the_same_sub_batches(small_data, tmp_pat
     config = small_config(small_data, tmp_path / "run", **changes, **{"data.dev": "", "data.test": ""})
     encoded, encode_in = set(), train.step.encode_in
 
-    def seen(parts, encode, ids, *rest):
-        encoded.add((*ids.shape, parts))
-        return encode_in(parts, encode, ids, *rest)
+    def seen(encode, params, *sides):
+        encoded.update((*rows[0].shape, parts) for parts, rows in sides)
+        return encode_in(encode, params, *sides)
 
     monkeypatch.setattr(train.step, "encode_in", seen)
     # Of 3 queries of 8 tokens one at a time, and 2 at once; of 6 passages of 14 tokens, and of 4 of 16, one.

@@ -3,6 +3,7 @@
 Not here: the mathematics of the losses (test_losses.py) and parity with the reference (parity/test_training_parity.py).
 """
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
 
 pytest.importorskip("optax", reason="training needs the train extra")
 
@@ -23,7 +25,7 @@ from m3jax.sharding import make_mesh
 from train.data.pipeline import Batch
 from train.optimizer import make_optimizer
 from train.step import TrainState, loss_and_parts, make_state, make_step
-from train.sub_batch import SubBatches
+from train.sub_batch import ONE_PASS, SubBatches
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 MODEL = M3Config.tiny(
@@ -293,7 +295,7 @@ def ran(params):
     mesh, optimizer, measures = make_mesh(), make_optimizer(settings), []
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.step, "loss_and_parts", counted)
-        fresh = make_state(params, optimizer, mesh)
+        fresh = make_state(jax.tree.map(np.array, params), optimizer, mesh)  # which it takes over
         before = jax.tree.map(np.array, fresh)
         step = make_step(MODEL, settings, optimizer, mesh, fresh)
         state = fresh
@@ -360,24 +362,34 @@ def test_when_distillation_is_on(monkeypatch, start, expected):
     assert float(measures["gradient_norm"]) == pytest.approx(np.sqrt(2) * abs(batch().query_ids.sum()))
 
 
-def test_what_is_frozen_has_no_gradient_and_batches_accumulate(monkeypatch):
-    def loss(model, settings, params, rows, distill, key, sub_batches):
-        return sum((x**2).sum() for x in jax.tree.leaves(params)), {}
-
-    monkeypatch.setattr(train.step, "loss_and_parts", loss)
+@pytest.mark.parametrize("sub_batches", [ONE_PASS, SubBatches(2, 4)])
+def test_what_is_frozen_has_no_gradient_and_batches_accumulate(params, sub_batches):
     settings = config(frozen=("encoder",), accumulate=2, distill_start=-1)
     mesh, optimizer = make_mesh(), make_optimizer(settings)
-    given = {"encoder": {"pooler": {"bias": np.ones(3)}}, "heads": {"sparse_linear": {"bias": np.ones(4)}}}
     with jax.set_mesh(mesh):
-        state = make_state(jax.tree.map(np.float32, given), optimizer, mesh)
-        step, moved = make_step(MODEL, settings, optimizer, mesh, state), []
+        state = make_state(jax.tree.map(np.array, params), optimizer, mesh)
+        step, moved = make_step(MODEL, settings, optimizer, mesh, state, sub_batches), []
         for _ in range(2):
             state, measures = step(state, batch())
-            moved.append([bool(np.any(x != 1)) for x in flatten(state.params).values()])
-    assert moved == [[False, False], [False, True]]
+            now = zip(flatten(state.params).items(), flatten(params).values(), strict=True)
+            moved.append({path.split("/")[0] for (path, x), before in now if np.any(x != before)})
+    assert moved == [set(), {"heads"}]
     # The whole norm too, or what is frozen would be shown to be trained.
     norms = {name: float(value) for name, value in measures.items() if name.startswith("gradient_norm")}
-    assert norms == {"gradient_norm": 4.0, "gradient_norm/encoder": 0.0, "gradient_norm/sparse": 4.0}
+    assert norms["gradient_norm/encoder"] == 0.0 < min(norms["gradient_norm/sparse"], norms["gradient_norm/colbert"])
+    assert norms["gradient_norm"] == pytest.approx(math.hypot(*norms.values()) / 2**0.5)
+
+
+def test_in_sub_batches_nothing_is_computed_for_a_head_that_is_not_trained(params):
+    settings = config(functions=("dense",), distill_start=-1)
+
+    def loss(params):
+        given = (params, jax.tree.map(jnp.asarray, batch()), False, jax.random.key(1), SubBatches(2, 4))
+        return loss_and_parts(MODEL, settings, *given)[0]
+
+    traced = jax.make_jaxpr(jax.grad(loss))(params)
+    _, used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
+    assert {path for path, reads in zip(flatten(params), used, strict=True) if "linear" in path and reads} == set()
 
 
 @pytest.mark.parametrize("remat", ["elements", "all"])

@@ -21,29 +21,34 @@ def encode(weights, x):
     return {"sum": hidden.sum(axis=1), "hidden": jnp.sin(hidden)}
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_rows_come_back_in_their_order(count):
-    weights, x = (np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((5, 4), (6, 5)))
+def given():
+    random = np.random.default_rng(0)
+    return random.normal(size=(5, 4)).astype(np.float32), random.integers(-2, 3, (6, 5)), random.integers(-2, 3, (4, 5))
 
-    def results(weights, x, parts):
-        return encode_in(parts, lambda rows: encode(weights, rows), x)
 
-    def loss(weights, x, parts):
-        found = results(weights, x, parts)
-        return (found["sum"] * jnp.arange(6)).sum() + (found["hidden"] ** 2).sum()
+@pytest.mark.parametrize("counts", [(1, 1), (2, 1), (1, 4), (3, 2), (6, 4)])
+def test_rows_come_back_in_their_order(counts):
+    weights, *sides = given()
 
-    whole, parts = results(weights, x, 1), results(weights, x, count)
+    def results(weights, counts):
+        return encode_in(encode, weights, *((count, (x,)) for count, x in zip(counts, sides, strict=True)))
+
+    def loss(weights, counts):
+        first, second = results(weights, counts)
+        return (first["sum"] * jnp.arange(6)).sum() + (first["hidden"] ** 2).sum() * (second["sum"] ** 2).sum()
+
+    whole, parts = results(weights, (1, 1)), results(weights, counts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), parts, whole)
-    expected, got = (jax.grad(loss, (0, 1))(weights, x, n) for n in (1, count))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+    expected, got = (jax.grad(loss)(weights, n) for n in ((1, 1), counts))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_sums_over_rows_add_up(count):
-    weights, x = (np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((5, 4), (6, 5)))
+    weights, x, _ = given()
 
     def sums(weights, parts):
-        return sum_in(parts, lambda rows: jax.tree.map(jnp.sum, encode(weights, rows)), x)
+        return sum_in(parts, lambda weights, rows: jax.tree.map(jnp.sum, encode(weights, rows)), weights, x)
 
     def loss(weights, parts):
         found = sums(weights, parts)
@@ -58,15 +63,22 @@ def test_sums_over_rows_add_up(count):
 
 
 def test_only_results_and_rows_are_kept():
-    weights, x = jnp.ones((5, 400)), jnp.ones((60, 5))
+    weights, x = jnp.ones((5, 400)), jnp.ones((60, 5), int)
 
     def kept(parts):
         residuals = jax.eval_shape(
-            lambda w: jax.vjp(lambda w: encode_in(parts, lambda rows: encode(w, rows)["sum"], x), w)[1], weights
+            lambda w: jax.vjp(lambda w: encode_in(lambda *given: encode(*given)["sum"], w, (parts, (x,))), w)[1],
+            weights,
         )
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
     assert kept(1) >= 60 * 400 > 10 * kept(6)
+
+
+def test_rows_with_a_gradient_are_refused():
+    weights, x, _ = given()
+    with pytest.raises(ValueError, match="rows in sub-batches have no gradient: they must be whole numbers"):
+        encode_in(encode, weights, (2, (x.astype(np.float32),)))
 
 
 @pytest.mark.parametrize(
@@ -148,9 +160,9 @@ for sizes, parts in (((1, 1, 1), (4, 8)), ((8, 1, 1), (2, 4)), ((2, 2, 2), (2, 4
 # A device's share of the work, counted in the compiled program (which counts the body of a loop once).
 def work(mesh, split):
     def total(params, ids):
-        def encode(ids):
+        def encode(params, ids):
             return apply(model, params, ids, ids != 1, remat="all").dense
-        return (split(4, encode, ids) ** 3).sum()
+        return (split(encode, params, (4, (ids,)))[0] ** 3).sum()
 
     given = shapes(model), jax.ShapeDtypeStruct((passages, LENGTH), jnp.int32)
     whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, BATCH)
@@ -158,9 +170,10 @@ def work(mesh, split):
         program = jax.jit(jax.grad(total), in_shardings=(whole, rows)).lower(*given).compile()
     return program.cost_analysis()["flops"]
 
-def row_major(count, encode, ids):
-    parts = jax.lax.map(jax.checkpoint(encode), ids.reshape(count, -1, ids.shape[1]))
-    return parts.reshape(-1, parts.shape[-1])
+def row_major(encode, params, side):
+    count, (ids,) = side
+    parts = jax.lax.map(jax.checkpoint(lambda ids: encode(params, ids)), ids.reshape(count, -1, ids.shape[1]))
+    return [parts.reshape(-1, parts.shape[-1])]
 
 alone, eight = (make_mesh(devices=jax.devices()[:n]) for n in (1, 8))
 whole = work(alone, encode_in)

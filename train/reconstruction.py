@@ -21,7 +21,7 @@ from train.data.streams import LengthGroup
 from train.data.texts import TextBatch, Texts
 from train.flops import reconstruction_flops
 from train.processes import placed, rows_held
-from train.step import TrainState, cast_kernels, precision, step_on
+from train.step import TrainState, cast_kernels, precision, step_on, trained
 from train.sub_batch import ONE_PASS, SubBatches, sum_in
 
 # Tokens of a device that are measured at a time: the largest text there is.
@@ -45,13 +45,15 @@ def loss_and_parts(
     total = Targets(each.encoder.sum(), each.decoder.sum())
     keys = jax.random.split(key, len(batch.ids))
 
-    def part(ids: jax.Array, mask: jax.Array, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def part(
+        params: Params, ids: jax.Array, mask: jax.Array, keys: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         # Cast in here: what the parts give to the gradient of a parameter is summed in float32.
-        ours = cast_kernels(params, config.dtype)
+        ours = cast_kernels(trained(config, params), config.dtype)
         shares = _shares(config, mask_id)
         return losses(model, ours, ids, mask, keys, total, dropout=config.dropout, remat=config.remat, **shares)
 
-    value, parts = sum_in(sub_batches.texts, part, batch.ids, batch.mask, keys)
+    value, parts = sum_in(sub_batches.texts, part, params, batch.ids, batch.mask, keys)
     measures = {"loss": value} | {f"loss/{name}": of for name, of in parts.items()}
     return value, measures | work(model, batch, total)
 

@@ -64,20 +64,32 @@ def loss_and_parts(
     lie, but its other positives; of a row without in-batch negatives those of its group only.
     """
 
-    def encode(ids: jax.Array, mask: jax.Array, keys: jax.Array) -> Representations:
+    def encode(params: Params, ids: jax.Array, mask: jax.Array, keys: jax.Array) -> Representations:
         # Cast in here: what the parts give to the gradient of a parameter is summed in float32.
-        ours = cast_kernels(params, config.dtype)
+        ours = cast_kernels(trained(config, params), config.dtype)
         found = apply(model, ours, ids, mask, dropout=config.dropout, key=keys, remat=config.remat)
-        # Of all that a batch keeps these grow with its tokens, in halves half as much; their products have float32 sums.
-        return dataclasses.replace(found, colbert=found.colbert.astype(config.dtype))
+        given = {
+            "dense": ("dense", found.dense),
+            "sparse": ("token_weights", found.token_weights),
+            # Of all that a batch keeps these grow with its tokens, in halves half as much; their products have float32 sums.
+            "colbert": ("colbert", found.colbert.astype(config.dtype)),
+        }
+        # Of what is not trained a sub-batch would compute the gradient too, of zeros.
+        return dataclasses.replace(
+            found,
+            **{
+                field: vectors if function in config.functions else jax.lax.stop_gradient(vectors)
+                for function, (field, vectors) in given.items()
+            },
+        )
 
     query_key, passage_key = jax.random.split(key)
     rows, count = len(batch.query_ids), len(batch.passage_ids)
-    queries = encode_in(
-        sub_batches.queries, encode, batch.query_ids, batch.query_mask, jax.random.split(query_key, rows)
-    )
-    passages = encode_in(
-        sub_batches.passages, encode, batch.passage_ids, batch.passage_mask, jax.random.split(passage_key, count)
+    queries, passages = encode_in(
+        encode,
+        params,
+        (sub_batches.queries, (batch.query_ids, batch.query_mask, jax.random.split(query_key, rows))),
+        (sub_batches.passages, (batch.passage_ids, batch.passage_mask, jax.random.split(passage_key, count))),
     )
     with jax.named_scope("scores"):  # as a profile names it, and the test of what devices send each other
         scores = all_scores(queries, passages, hybrid_weights(config), config.functions)
@@ -100,6 +112,13 @@ def loss_and_parts(
         measures["active_terms/query"] = _active_terms(queries, rows)
         measures["active_terms/passage"] = _active_terms(passages, batch.passage_present.sum())
     return loss, measures
+
+
+def trained(config: Config, params: Params) -> Params:
+    """The parameters, those that are frozen as constants: nothing is computed for a gradient of theirs."""
+    return jax.tree.map(
+        lambda x, group: jax.lax.stop_gradient(x) if group == FROZEN else x, params, parameter_groups(config, params)
+    )
 
 
 def cast_kernels(params: Params, dtype: str) -> Params:
@@ -159,17 +178,11 @@ def step_on(
     state: TrainState,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step down a loss of (parameters, batch, steps done, the step's key), which gives measures of its own too."""
-    labels = parameter_groups(config, state.params)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-
-        def of(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            trained = jax.tree.map(lambda x, name: jax.lax.stop_gradient(x) if name == FROZEN else x, params, labels)
-            return loss(trained, batch, state.step, key)
-
         with jax.default_matmul_precision(precision(config.dtype)):
-            gradients, measures = jax.grad(of, has_aux=True)(state.params)
+            gradients, measures = jax.grad(loss, has_aux=True)(state.params, batch, state.step, key)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         measures |= gradient_norms(gradients)
         params: Any = optax.apply_updates(state.params, updates)

@@ -4,9 +4,10 @@ Not here: how many sub-batches there are (compiled.py), and what is encoded.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from m3jax.sharding import STACKED, constrain
 
@@ -35,32 +36,65 @@ def sub_batches_of(tokens: int, rows: int, length: int) -> int:
     return next(n for n in range(1, rows + 1) if rows % n == 0 and (n == rows or rows // n * length <= tokens))
 
 
-def encode_in(sub_batches: int, encode: Callable[..., T], *rows: jax.Array) -> T:
-    """encode(*rows), the rows going through in `sub_batches` equal parts; backward, each part is encoded again.
+def encode_in(encode: Callable[..., T], params: Any, *sides: tuple[int, tuple[jax.Array, ...]]) -> list[T]:
+    """encode(params, *rows) of each side, a pair (sub-batches, rows): the rows go through in so many equal parts; backward,
+    each part is encoded again.
 
-    rows: arrays [b, …], split over the batch axes of the mesh in context; encode gives a pytree of arrays [b, …], each row of
-    them a function of the same row of its arguments. What is kept from forward to backward are these results and `rows`: the
-    activations of one part exist at a time. b must divide by sub_batches × the devices of the batch axes.
+    rows: arrays [b, …] of ids, masks and keys, which have no gradient, split over the batch axes of the mesh in context; encode
+    gives a pytree of arrays [b, …], each row of them a function of the parameters and the same row. b must divide by the
+    sub-batches × the devices of the batch axes. What encode closes over must not depend on the parameters. What is kept from
+    forward to backward are `params`, these results and the rows: the activations of one part exist at a time. The gradients of
+    all parts of all sides are added up in one place, where autodiff would keep a sum for each side and one for all.
 
     Row r goes through in part r % sub_batches, so each device takes a part of its own rows in each (a row-major split would
     give all rows of a part to few devices).
     """
-    if sub_batches == 1:
-        return encode(*rows)
-    parts = jax.lax.map(
-        lambda part: jax.checkpoint(encode, prevent_cse=False)(*part), tuple(_split(x, sub_batches) for x in rows)
-    )
-    return jax.tree.map(_join, parts)
+    found = {place: encode(params, *rows) for place, (count, rows) in enumerate(sides) if count == 1}
+    split = {place: [_split(x, count) for x in rows] for place, (count, rows) in enumerate(sides) if count > 1}
+    found |= jax.tree.map(_join, _one_by_one(encode, params, split)) if split else {}
+    return [found[place] for place in range(len(sides))]
 
 
-def sum_in(sub_batches: int, sums: Callable[..., T], *rows: jax.Array) -> T:
-    """sums(*rows), of which each number is a sum over the rows, added up over `sub_batches` equal parts as in `encode_in`."""
+def sum_in(sub_batches: int, sums: Callable[..., T], params: Any, *rows: jax.Array) -> T:
+    """sums(params, *rows), of which each number is a sum over the rows, added up over parts as in `encode_in`."""
     if sub_batches == 1:
-        return sums(*rows)
-    parts = jax.lax.map(
-        lambda part: jax.checkpoint(sums, prevent_cse=False)(*part), tuple(_split(x, sub_batches) for x in rows)
-    )
+        return sums(params, *rows)
+    parts = _one_by_one(sums, params, {0: [_split(x, sub_batches) for x in rows]})[0]
     return jax.tree.map(lambda x: x.sum(axis=0), parts)
+
+
+def _one_by_one(function: Callable[..., T], params: Any, sides: dict[int, list[jax.Array]]) -> dict[int, T]:
+    """Of each side, function(params, *part) for the parts along the first axis of its arrays, stacked."""
+
+    def stacked(params: Any, sides: dict[int, list[jax.Array]]) -> dict[int, T]:
+        return {side: jax.lax.map(lambda part: function(params, *part), rows) for side, rows in sides.items()}
+
+    def forward(params: Any, sides: dict[int, list[jax.Array]]) -> tuple[dict[int, T], Any]:
+        return stacked(params, sides), (params, sides)
+
+    def backward(kept: Any, cotangents: dict[int, T]) -> tuple[Any, None]:
+        params, sides = kept
+
+        def add(total: Any, one: tuple[list[jax.Array], list[jax.Array]]) -> tuple[Any, None]:
+            part, cotangent = one
+            _, pull = jax.vjp(lambda params: _inexact(function(params, *part)), params)
+            return jax.tree.map(jnp.add, total, *pull(cotangent)), None
+
+        total = jax.tree.map(jnp.zeros_like, params)
+        for side, rows in sides.items():
+            total, _ = jax.lax.scan(add, total, (rows, _inexact(cotangents[side])))
+        return total, None
+
+    if _inexact(sides):
+        raise ValueError("rows in sub-batches have no gradient: they must be whole numbers, bools or keys")
+    of_params = jax.custom_vjp(stacked)
+    of_params.defvjp(forward, backward)
+    return of_params(params, sides)
+
+
+def _inexact(tree: Any) -> list[jax.Array]:
+    """The leaves that have a gradient."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def _split(x: jax.Array, count: int) -> jax.Array:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 import jax
+import numpy as np
 import pytest
 
 pytest.importorskip("optax", reason="training needs the train extra")
@@ -16,12 +17,14 @@ pytest.importorskip("optax", reason="training needs the train extra")
 from configs import base
 from m3jax import retromae
 from m3jax.config import M3Config
+from m3jax.losses import PARTS
 from m3jax.model import shapes
 from tests.collectives import activations, collectives
 from train import reconstruction
 from train.abstract import abstract_batch, abstract_state, abstract_texts
 from train.compiled import bytes_of, fitting
 from train.data.streams import Shape
+from train.flops import reconstruction_flops, step_flops
 from train.optimizer import make_optimizer
 from train.step import make_step
 
@@ -29,6 +32,8 @@ MODEL = M3Config()
 MASK_ID = MODEL.vocab_size - 1
 MEMORY = {"v5e": 16, "v6e": 32, "v5p": 95}  # GB a device
 MESHES = {1: {}, 8: {"data": 1, "fsdp": 8}, 64: {"data": 8, "fsdp": 8}}
+# Of a sub-batch of a device: one that holds the whole model and its moments has less room for activations.
+TOKENS = {1: 8192, 8: 16384, 64: 16384}
 # PAPER §4: longest text → global batch of stage 3 (with groups of 8) and of stage 2 (pairs), on 24 and 96 devices. Rows are
 # multiples of 128 tokens, as TPU's attention takes them.
 UNIFIED = {512: 1152, 1024: 768, 2048: 480, 3072: 432, 4096: 336, 5120: 336, 6144: 288, 7168: 240, 8192: 192}
@@ -45,11 +50,13 @@ DENSE = {
 }
 TEXTS = 16384  # PAPER §3: of stage 1, on 32 devices; of any length
 # A batch for 1 and 8 devices has the paper's rows a device; for 64 the paper's whole batch, to the next multiple of 64.
-STAGES = ("unified", "dense", "retromae")
+LENGTHS = {"unified": UNIFIED, "dense": DENSE, "retromae": (512, 8192)}
 CASES = [
-    *((stage, chip, devices, 512) for stage in STAGES for chip in MEMORY for devices in MESHES),
-    *((stage, chip, devices, 8192) for stage in STAGES for chip in MEMORY for devices in MESHES),
-    *(("unified", "v5e", 8, length) for length in UNIFIED if length not in (512, 8192)),
+    (stage, chip, devices, length)
+    for chip in MEMORY
+    for stage, lengths in LENGTHS.items()
+    for length in lengths
+    for devices in MESHES
 ]
 
 
@@ -81,6 +88,16 @@ def a_step(stage, devices, length, mesh):
     return params, sides, lambda parts: make(config, optimizer, mesh, state, parts).lower(state, batch).compile()
 
 
+def flops(stage, sides, parts):
+    """Of all devices: what train/flops.py counts, and what a step of stage 1 in parts computes again."""
+    lengths = [np.full(count, length) for count, length in sides.values()]
+    if stage == "retromae":
+        targets = (0.3 + 1) * lengths[0].sum()  # of the encoder, and of the decoder, which is asked for all tokens
+        return reconstruction_flops(MODEL, lengths[0], targets) * (4 / 3 if parts.texts > 1 else 1)
+    functions = ("dense",) if stage == "dense" else PARTS
+    return sum(step_flops(MODEL, *lengths, functions=functions, sub_batches=parts))
+
+
 @pytest.mark.parametrize(("stage", "chip", "devices", "length"), CASES)
 def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record):
     mesh = tpu_mesh(chip, devices, **MESHES[devices])
@@ -90,7 +107,7 @@ def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record
         program, parts, used = fitting(
             compile,
             **{name: (count // devices, length) for name, (count, length) in sides.items()},
-            tokens=16384,
+            tokens=TOKENS[devices],
             limit=MEMORY[chip] * 1e9,
         )
     seconds, text = time.perf_counter() - start, program.as_text()
@@ -100,18 +117,20 @@ def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record
     assert bool(found) == (devices > 1)
     # A device's part of the hidden states, of the side that has less of them.
     of_parts = [count // devices // getattr(parts, name) * length for name, (count, length) in sides.items()]
-    # The dense vectors of the whole batch, which are on all devices, and their gradient.
-    vectors = {(count, MODEL.hidden_size) for count, _ in sides.values()}
+    # The dense vectors of the whole batch, which are on all devices, and their gradient, in tiles of the compiler's.
+    vectors = 1.1 * max(count for count, _ in sides.values()) * MODEL.hidden_size
     for one in activations(found, [x.shape for x in jax.tree.leaves(params)], min(of_parts) * MODEL.hidden_size):
-        if {*one.arrays} <= vectors and not one.loops:
+        if not one.loops and max(map(math.prod, one.arrays)) <= vectors:
             continue
         # What fsdp's devices look up in the tables for each other; within the layers nothing.
         assert one.kind == "all-to-all" and one.loops <= (max(parts) > 1), one
         assert sum(map(math.prod, one.arrays)) <= max(of_parts) * MODEL.hidden_size, one
     kinds = Counter(one.kind for one in found)
     longer = [*sides][-1]
+    received = sum(one.received * one.times for one in found)
     record(
-        f"{stage} step, {longer} in {getattr(parts, longer)} parts; " + ", ".join(f"{n} {name}" for name, n in kinds.items()),
+        f"{stage} step, {longer} in {getattr(parts, longer)} parts, {flops(stage, sides, parts) / devices / 1e12:.0f} TFLOP "
+        f"and {received / 1e9:.1f} GB received a device; " + ", ".join(f"{n} {name}" for name, n in kinds.items()),
         chip, devices, ", ".join(f"{count} {name} × {length}" for name, (count, length) in sides.items()), seconds, used / 1e9,
     )  # fmt: skip
     assert bytes_of(program) / 1e9 < MEMORY[chip]
