@@ -23,8 +23,8 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 
 class Collective(NamedTuple):
     """arrays: the sizes of each array that it gives, on one device. loops: how many of the program's loops it is in.
-    source: the names that JAX gave to where it comes from. received: bytes that a device receives each time; an all-reduce
-    counts twice, as a reduce-scatter and an all-gather. times: how often it runs in a step."""
+    source: the names that JAX gave to where it comes from. received: bytes that a device receives each time, its own part
+    among them; an all-reduce counts twice, as a reduce-scatter and an all-gather. times: how often it runs in a step."""
 
     kind: str
     arrays: tuple[tuple[int, ...], ...]
@@ -64,9 +64,10 @@ def collectives(text: str) -> list[Collective]:
         within = [(0, 1)]
         for caller, condition in callers.get(name, ()):
             count, times = loops(caller)
-            bound = bounds.get(condition, {1})
-            assert len(bound) == 1, f"{condition} has the numbers {bound}"
-            within.append((count + (condition is not None), times * max(bound) if condition else times))
+            if condition:
+                (bound,) = bounds[condition]
+                count, times = count + 1, times * bound
+            within.append((count, times))
         return max(within)
 
     return [

@@ -75,10 +75,11 @@ def test_only_results_and_rows_are_kept():
     assert kept(1) >= 60 * 400 > 10 * kept(6)
 
 
-def test_rows_with_a_gradient_are_refused():
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_with_a_gradient_are_refused(count):
     weights, x, _ = given()
-    with pytest.raises(ValueError, match="rows in sub-batches have no gradient: they must be whole numbers"):
-        encode_in(encode, weights, (2, (x.astype(np.float32),)))
+    with pytest.raises(ValueError, match="rows of sub-batches have no gradient: they must be whole numbers"):
+        encode_in(encode, weights, (count, (x.astype(np.float32),)))
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def step_flops(
     w, f, c = model.hidden_size, model.intermediate_size, model.colbert_dim
     trained, head = "encoder" not in frozen, "colbert" not in frozen
     encoder = colbert = 0.0
-    for n, parts in ((queries, sub_batches.queries), (passages, sub_batches.passages)):
-        again = parts > 1
+    again = max(sub_batches) > 1
+    for n in (queries, passages):
         products, attention = (8 * w * w + 4 * w * f) * n.sum(), 4 * w * (n * n).sum()
         passes = again + (3 + (remat == "all") if trained else 1)
         encoder += passes * (products + attention) + (trained and remat == "all_but_products") * attention

@@ -37,42 +37,46 @@ def sub_batches_of(tokens: int, rows: int, length: int) -> int:
 
 
 def encode_in(encode: Callable[..., T], params: Any, *sides: tuple[int, tuple[jax.Array, ...]]) -> list[T]:
-    """encode(params, *rows) of each side, a pair (sub-batches, rows): the rows go through in so many equal parts; backward,
-    each part is encoded again.
+    """encode(params, *rows) of each side, a pair (sub-batches, rows), whose rows go through in so many equal parts.
 
     rows: arrays [b, …] of ids, masks and keys, which have no gradient, split over the batch axes of the mesh in context; encode
     gives a pytree of arrays [b, …], each row of them a function of the parameters and the same row. b must divide by the
-    sub-batches × the devices of the batch axes. What encode closes over must not depend on the parameters. What is kept from
-    forward to backward are `params`, these results and the rows: the activations of one part exist at a time. The gradients of
-    all parts of all sides are added up in one place, where autodiff would keep a sum for each side and one for all.
+    sub-batches × the devices of the batch axes. Where no side is split, autodiff keeps what it needs; else what is kept from
+    forward to backward are `params`, the results and the rows, and backward each part of every side is encoded again: the
+    activations of one part exist at a time. The gradients of all parts of all sides are added up in one place, where autodiff
+    would keep a sum for each side and one for all. So encode may close over no array that depends on the parameters, nor is
+    this to be differentiated from outside a jit or checkpoint that holds it.
 
     Row r goes through in part r % sub_batches, so each device takes a part of its own rows in each (a row-major split would
-    give all rows of a part to few devices).
+    give all rows of a part to few devices). ValueError for rows of floating point.
     """
-    found = {place: encode(params, *rows) for place, (count, rows) in enumerate(sides) if count == 1}
-    split = {place: [_split(x, count) for x in rows] for place, (count, rows) in enumerate(sides) if count > 1}
-    found |= jax.tree.map(_join, _one_by_one(encode, params, split)) if split else {}
-    return [found[place] for place in range(len(sides))]
+    counts, rows = zip(*sides, strict=True)
+    if _inexact(rows):
+        raise ValueError("rows of sub-batches have no gradient: they must be whole numbers, bools or keys")
+    if max(counts) == 1:
+        return [encode(params, *each) for each in rows]
+    stacked = _one_by_one(encode, params, [[_split(x, count) for x in each] for count, each in sides])
+    return jax.tree.map(_join, stacked)
 
 
 def sum_in(sub_batches: int, sums: Callable[..., T], params: Any, *rows: jax.Array) -> T:
     """sums(params, *rows), of which each number is a sum over the rows, added up over parts as in `encode_in`."""
     if sub_batches == 1:
         return sums(params, *rows)
-    parts = _one_by_one(sums, params, {0: [_split(x, sub_batches) for x in rows]})[0]
+    (parts,) = _one_by_one(sums, params, [[_split(x, sub_batches) for x in rows]])
     return jax.tree.map(lambda x: x.sum(axis=0), parts)
 
 
-def _one_by_one(function: Callable[..., T], params: Any, sides: dict[int, list[jax.Array]]) -> dict[int, T]:
+def _one_by_one(function: Callable[..., T], params: Any, sides: list[list[jax.Array]]) -> list[T]:
     """Of each side, function(params, *part) for the parts along the first axis of its arrays, stacked."""
 
-    def stacked(params: Any, sides: dict[int, list[jax.Array]]) -> dict[int, T]:
-        return {side: jax.lax.map(lambda part: function(params, *part), rows) for side, rows in sides.items()}
+    def stacked(params: Any, sides: list[list[jax.Array]]) -> list[T]:
+        return [jax.lax.map(lambda part: function(params, *part), rows) for rows in sides]
 
-    def forward(params: Any, sides: dict[int, list[jax.Array]]) -> tuple[dict[int, T], Any]:
+    def forward(params: Any, sides: list[list[jax.Array]]) -> tuple[list[T], Any]:
         return stacked(params, sides), (params, sides)
 
-    def backward(kept: Any, cotangents: dict[int, T]) -> tuple[Any, None]:
+    def backward(kept: Any, cotangents: list[T]) -> tuple[Any, None]:
         params, sides = kept
 
         def add(total: Any, one: tuple[list[jax.Array], list[jax.Array]]) -> tuple[Any, None]:
@@ -81,12 +85,10 @@ def _one_by_one(function: Callable[..., T], params: Any, sides: dict[int, list[j
             return jax.tree.map(jnp.add, total, *pull(cotangent)), None
 
         total = jax.tree.map(jnp.zeros_like, params)
-        for side, rows in sides.items():
-            total, _ = jax.lax.scan(add, total, (rows, _inexact(cotangents[side])))
+        for rows, cotangent in zip(sides, cotangents, strict=True):
+            total, _ = jax.lax.scan(add, total, (rows, _inexact(cotangent)))
         return total, None
 
-    if _inexact(sides):
-        raise ValueError("rows in sub-batches have no gradient: they must be whole numbers, bools or keys")
     of_params = jax.custom_vjp(stacked)
     of_params.defvjp(forward, backward)
     return of_params(params, sides)
