@@ -77,16 +77,18 @@ def collectives(text: str) -> list[Collective]:
 
 
 def activations(found: Iterable[Collective], parameters: Sequence[tuple[int, ...]], least: int) -> list[Collective]:
-    """Those that send `least` numbers or more of what is no part of a parameter: hidden states, where `least` is a device's
-    rows of a sub-batch × length × width. What losses need of the whole batch is left out, by its name "scores" (train/step.py).
+    """Those that send `least` numbers or more of what is no part of a parameter, with these arrays alone: hidden states, where
+    `least` is a device's rows of a sub-batch × length × width. What losses need of the whole batch is left out, by its name
+    "scores" (train/step.py).
 
     Of a program without a tensor axis, whose devices share the hidden states of a row.
     """
-    return [
-        one
+    others = (
+        one._replace(arrays=tuple(x for x in one.arrays if not _of(x, parameters)))
         for one in found
-        if "scores" not in one.source and sum(math.prod(x) for x in one.arrays if not _of(x, parameters)) >= least
-    ]
+        if "scores" not in one.source
+    )
+    return [one for one in others if sum(map(math.prod, one.arrays)) >= least]
 
 
 def gradients(found: Iterable[Collective], parameters: Sequence[tuple[int, ...]]) -> dict[int, int]:
