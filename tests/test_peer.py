@@ -20,7 +20,7 @@ POINTS = {
         "without in-batch negatives the ensemble is an IndexError, or its loss is 0 and distils towards uniform",
         "tests/parity/test_training_parity.py::test_peer_2_2_own_group_as_candidates",
         "tests/test_losses.py::test_peer_2_2_without_in_batch_negatives_every_head_and_the_ensemble_see_the_own_group",
-        "tests/test_step.py::test_peer_2_2_own_groups_and_places_without_a_passage",
+        "tests/test_step_loss.py::test_peer_2_2_own_groups_and_places_without_a_passage",
     ),
     3: (
         "negatives of other devices serve the dense loss alone, with 1/W of the gradient on W devices",

@@ -1,6 +1,6 @@
 """The training step of each stage at 24 × 1024 in bfloat16, compiled for TPUs; nothing runs on a TPU here.
 
-Not here: that the step is right (tests/test_step.py, test_sub_batch.py, test_retromae.py).
+Not here: that the step is right (tests/test_step.py, test_step_loss.py, test_sub_batch.py, test_retromae.py).
 """
 
 import functools
