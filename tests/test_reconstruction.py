@@ -13,7 +13,7 @@ pytest.importorskip("optax", reason="training needs the train extra")
 from configs import base
 from m3jax import retromae
 from m3jax.model import flatten
-from tests.test_retromae import MASK, MODEL, batch, close
+from tests.small_texts import MASK, MODEL, batch, close
 from train.data.texts import TextBatch
 from train.reconstruction import loss_and_parts
 from train.sub_batch import ONE_PASS, SubBatches

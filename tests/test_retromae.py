@@ -9,21 +9,9 @@ import numpy as np
 import pytest
 
 from m3jax import retromae
-from m3jax.config import M3Config
-from m3jax.model import flatten
 from m3jax.retromae import enhanced_attention, losses, seen_in_block, targets, vocabulary_loss
 from m3jax.xlm_roberta import Encoder, positions_from_ids
-
-MODEL = M3Config.tiny(
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=400,
-)
-MASK = 39
-LENGTHS = (8, 4, 5)
+from tests.small_texts import MASK, MODEL, batch, close
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +20,6 @@ def params():
     drawn = retromae.init(MODEL, jax.random.key(0))
     return jax.tree.map(
         lambda x: x + 0.1 * jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), drawn
-    )
-
-
-def batch(length=8):
-    """Three texts of different lengths, `<unk>` among their tokens, padded to `length`; and a key for each."""
-    random = np.random.default_rng(3)
-    ids = np.full((len(LENGTHS), length), MODEL.pad_token_id)
-    for row, n in enumerate(LENGTHS):
-        ids[row, :n] = [0, *random.integers(4, MASK, n - 2), 2]
-    ids[0, 3] = MODEL.unk_token_id
-    return (
-        jnp.asarray(ids),
-        jnp.asarray(np.arange(length) < np.array(LENGTHS)[:, None]),
-        jax.random.split(jax.random.key(1), 3),
     )
 
 
@@ -124,13 +98,6 @@ def naive_losses(params, texts, chosen):
             found["decoder"].append(entropy(state, text[i]))
     means = {name: jnp.stack(each).mean() for name, each in found.items()}
     return means["encoder"] + means["decoder"], means
-
-
-def close(found, expected, rtol=2e-4):
-    """Leaf by leaf, to a share of the leaf's largest number."""
-    for path, x in flatten(expected).items():
-        x = np.asarray(x)
-        np.testing.assert_allclose(flatten(found)[path], x, atol=rtol * max(1e-3, np.abs(x).max()), err_msg=path)
 
 
 @pytest.fixture(scope="module")

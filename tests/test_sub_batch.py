@@ -78,8 +78,11 @@ def test_only_results_and_rows_are_kept():
 @pytest.mark.parametrize("count", [1, 2])
 def test_rows_with_a_gradient_are_refused(count):
     weights, x, _ = given()
-    with pytest.raises(ValueError, match="rows of sub-batches have no gradient: they must be whole numbers"):
-        encode_in(encode, weights, (count, (x.astype(np.float32),)))
+    for call in (lambda x: encode_in(encode, weights, (count, (x,))), lambda x: sum_in(count, encode, weights, x)):
+        with pytest.raises(
+            ValueError, match="rows have no gradient: they must be whole numbers, bools or keys, got float32"
+        ):
+            call(x.astype(np.float32))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def step_flops(
     L·(8·n·w² + 4·n·w·f + 4·n²·w) a text of n tokens forward, with L layers of width w and feed-forward width f: that is
     L·(24·n·w² + 4·n²·w) where f = 4·w. Colbert, where it is among the functions: 2·n·w·c a text and 2·n·m·c a pair, with
     vectors of width c, and 2·n·m·v for each of the shorter `widths` v. Backward twice that, and nothing of what is frozen and
-    stands on what is. By `remat` layers or their attention are computed once more, and sub-batches once more again.
+    stands on what is. By `remat` layers or their attention are computed once more, and where a side is in
+    sub-batches both once more again.
     LayerNorm, softmax and other scores are left out: a few thousandths.
 
     >>> import numpy as np

@@ -51,8 +51,7 @@ def encode_in(encode: Callable[..., T], params: Any, *sides: tuple[int, tuple[ja
     give all rows of a part to few devices). ValueError for rows of floating point.
     """
     counts, rows = zip(*sides, strict=True)
-    if _inexact(rows):
-        raise ValueError("rows of sub-batches have no gradient: they must be whole numbers, bools or keys")
+    _check(rows)
     if max(counts) == 1:
         return [encode(params, *each) for each in rows]
     stacked = _one_by_one(encode, params, [[_split(x, count) for x in each] for count, each in sides])
@@ -61,6 +60,7 @@ def encode_in(encode: Callable[..., T], params: Any, *sides: tuple[int, tuple[ja
 
 def sum_in(sub_batches: int, sums: Callable[..., T], params: Any, *rows: jax.Array) -> T:
     """sums(params, *rows), of which each number is a sum over the rows, added up over parts as in `encode_in`."""
+    _check(rows)
     if sub_batches == 1:
         return sums(params, *rows)
     (parts,) = _one_by_one(sums, params, [[_split(x, sub_batches) for x in rows]])
@@ -92,6 +92,14 @@ def _one_by_one(function: Callable[..., T], params: Any, sides: list[list[jax.Ar
     of_params = jax.custom_vjp(stacked)
     of_params.defvjp(forward, backward)
     return of_params(params, sides)
+
+
+def _check(rows: Any) -> None:
+    """Whether they are split or not, or a run would be refused on one machine and not on another."""
+    if wrong := {str(x.dtype) for x in _inexact(rows)}:
+        raise ValueError(
+            f"rows have no gradient: they must be whole numbers, bools or keys, got {', '.join(sorted(wrong))}"
+        )
 
 
 def _inexact(tree: Any) -> list[jax.Array]:

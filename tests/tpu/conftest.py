@@ -19,7 +19,7 @@ os.environ |= {
 }
 # Nothing runs on a TPU here, nor on another accelerator that the host may have.
 jax.config.update("jax_platforms", "cpu")
-# The compiler in a hurry takes a third of the time. Memory comes out as in full, 5% less to 5% more, RetroMAE's a third more
+# The compiler in a hurry takes a third of the time. Memory comes out as in full, 5% less to 7% more, RetroMAE's a third more
 # (RESULTS.md); in full with 0.0.
 if "JAX_EXEC_TIME_OPTIMIZATION_EFFORT" not in os.environ:
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
