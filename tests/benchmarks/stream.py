@@ -1,8 +1,9 @@
-"""Whether encode_to keeps a device at work: wall time beside the device's, for a stand-in that takes no time of this machine.
+"""Whether encode keeps a device at work: wall time beside the device's, for a stand-in that takes no time of this machine.
 
 Run it as `python tests/benchmarks/stream.py [--texts 60000] [--shard-texts 2048] [--rate 300000]`: passages of 50 to 400 tokens
-go through a model whose `forward` is replaced by a device that computes `rate` tokens a second, one batch after the other,
-beside this machine's processors, which read, tokenise, collect and write. Nothing is learnt of any device's own speed.
+go through encode_to and a model whose `forward` is replaced by a device that computes `rate` tokens a second, one batch after
+the other, beside this machine's processors, which read, tokenise, collect and write. With `--queries --texts 100000` it is
+queries of 5 to 40 tokens through one call of encode. Nothing is learnt of any device's own speed.
 """
 
 import argparse
@@ -59,13 +60,17 @@ class Device:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=60_000)
+    parser.add_argument("--queries", action="store_true", help="queries through encode, not passages through encode_to")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of XLM-R's form; without it a small one is made")
     parser.add_argument("--shard-texts", type=int, default=2048)
     parser.add_argument("--rate", type=float, default=300_000, help="tokens a second of the device")
     given = parser.parse_args()
+    mix = "queries" if given.queries else "passages"
     with tempfile.TemporaryDirectory() as work:
-        given.tokenizer = Path(work) / "tokenizer.json"
-        small_tokenizer(given.tokenizer)
-        some, lengths = make_texts(argparse.Namespace(tokenizer=given.tokenizer, texts=None), *MIXES["passages"], 2000)
+        if given.tokenizer is None:
+            given.tokenizer = Path(work) / "tokenizer.json"
+            small_tokenizer(given.tokenizer)
+        some, lengths = make_texts(argparse.Namespace(tokenizer=given.tokenizer, texts=None), *MIXES[mix], 2000)
         tokenizer = m3jax.Tokenizer.from_file(given.tokenizer)
         m3 = random_model(tokenizer, hidden_size=1024, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
         texts = [some[i % len(some)] for i in range(given.texts)]
@@ -76,11 +81,16 @@ def main() -> None:
         encoding.forward = device.forward
         encoding._ROWS["cpu"] = encoding._ROWS["gpu"]
         start = time.perf_counter()
-        m3jax.encode_to(Path(work) / "out", m3, iter(texts), shard_texts=given.shard_texts)
+        if given.queries:
+            m3jax.encode(m3, texts)
+        else:
+            m3jax.encode_to(Path(work) / "out", m3, iter(texts), shard_texts=given.shard_texts)
         wall = time.perf_counter() - start
-        shards = -(-given.texts // given.shard_texts)
-        print(f"tokenising alone {rate:,.0f} tokens/s, the device {given.rate:,.0f}; {shards} shards")
-        print(f"wall {wall:.2f} s, device {device.busy:.2f} s, idle between batches {device.idle:.2f} s")
+        print(f"{given.texts:,} {mix}; tokenising alone {rate:,.0f} tokens/s, the device {given.rate:,.0f}")
+        print(
+            f"wall {wall:.2f} s, device {device.busy:.2f} s, beyond it {1 - device.busy / wall:.1%}, "
+            f"idle between batches {device.idle:.2f} s"
+        )
 
 
 if __name__ == "__main__":
