@@ -5,13 +5,15 @@ Not here: the work itself (corpus.py, shards.py), and training and conversion, w
 
 import argparse
 import gzip
+import itertools
 import json
 import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from m3jax import shards
 
@@ -123,7 +125,7 @@ def _inspect(directory: Path) -> Iterator[str]:
     )
 
 
-class _File:
+class _File(Sequence[str]):
     """The texts of a file, as often as they are asked for; counted once, so that the room they need is known before."""
 
     def __init__(self, path: Path, jsonl: bool):
@@ -132,6 +134,9 @@ class _File:
 
     def __len__(self) -> int:
         return self._count
+
+    def __getitem__(self, row: Any) -> Any:
+        return next(itertools.islice(self, range(len(self))[row], None))  # lines are found by counting
 
     def __iter__(self) -> Iterator[str]:
         return _rows(_lines(self._path), str(self._path), self._jsonl)
@@ -164,8 +169,9 @@ def _rows(lines: Iterable[bytes], name: str, jsonl: bool) -> Iterator[str]:
 def _text_of(line: str, place: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: must be one JSON object; {error.msg} at character {error.pos + 1}") from None
+    except (ValueError, RecursionError) as error:
+        why = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"{place}: must be one JSON object; {why}") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not isinstance(row.get("title", ""), str):
         raise ValueError(f'{place}: must be {{"text": str}}, with "title": str if you like; {line:.80} came')
     return f"{row.get('title', '')} {row['text']}".strip()

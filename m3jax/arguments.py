@@ -69,8 +69,10 @@ def yes_or_no(name: str, value: Any) -> bool:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """An argument as an int; ValueError where it is no whole number."""
+    """An argument as an int; ValueError where it is no whole number, as True is none."""
     try:
-        return operator.index(value)
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+        pass
+    raise ValueError(f"{name} must be a whole number, got {value!r}")

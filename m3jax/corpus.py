@@ -6,7 +6,7 @@ Not here: the files (shards.py), the embeddings themselves (embedder.py).
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from m3jax import paths, provenance, room, shards
-from m3jax.arguments import make_plan, whole_number
+from m3jax.arguments import make_plan, whole_number, yes_or_no
 from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
 from m3jax.encoding import run, say_cut
@@ -62,25 +62,25 @@ def encode_to(
     stopped, by a kill, Ctrl-C or a full disk, goes on with the same call: texts whose shards are there are read and compared
     by a digest, not encoded. A directory is finished when all texts are in it; until then `open_embeddings` refuses it.
 
-    directory: on a file system; shards.py tells what is in it. texts: any iterable of str; one that knows its length is
-    checked against the free disk before it begins, others shard by shard. colbert_dtype: what colbert vectors are stored in;
-    they are read as float32. "float16" is within 2⁻¹¹ of each number, "int8" within max|x| / 254 of the vector, a quarter of
-    float32's bytes. shard_texts: texts of a shard, of which a kill can lose two, one that is written and one that is computed;
-    fewer where colbert would take more than 2 GiB, or the texts have more than 2²⁷ characters. The other arguments are those
-    of `encode`; batch_tokens may be another when it goes on.
+    directory: on a file system; shards.py tells what is in it. texts: any iterable of str; one that knows its length must
+    give as many, and is checked against the free disk before it begins, others shard by shard. colbert_dtype: what colbert
+    vectors are stored in; they are read as float32. "float16" is within 2⁻¹¹ of each number, "int8" within max|x| / 254 of
+    the vector, a quarter of float32's bytes. shard_texts: texts of a shard, of which a kill can lose two, one that is written
+    and one that is computed; fewer where colbert would take more than 2 GiB, or the texts have more than 2²⁷ characters. The
+    other arguments are those of `encode`; batch_tokens may be another when it goes on.
 
     Under jax.distributed every process passes the same texts and one directory that all see. Shards are dealt out by
     process; parameters that span processes make all encode each shard together. The number of processes may change between
     calls. Every process returns when all is written.
 
     Raises ValueError where what is there was made from other texts, settings or another model (naming what differs), where
-    the disk is too small, and as `encode` does.
+    other numbers of texts come than their length says, where the disk is too small, and as `encode` does.
 
     >>> encode_to("embeddings", m3, (line.strip() for line in open("corpus.txt")))  # doctest: +SKIP
     Embeddings(1000000 texts: dense 1024, sparse 250002)
     """
-    if isinstance(texts, str):
-        raise ValueError("encode_to: texts must be an iterable of str, got one str; pass [text]")
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"encode_to: texts must be an iterable of str, got {texts!r:.80}; of one text pass [text]")
     if paths.is_url(directory):
         raise ValueError(f"encode_to: directory must be on a file system, got {directory}; write to a disk and copy it")
     if colbert_dtype not in COLBERT_DTYPES:
@@ -102,25 +102,32 @@ def encode_to(
         mcls=mcls,
         batch_tokens=batch_tokens,
     )
+    if progress is not None:
+        progress = yes_or_no("progress", progress)
     directory = Path(directory)
-    _begin(directory, provenance.settings(m3, plan, colbert_dtype, shard_texts))
+    settings = provenance.settings(m3, plan, colbert_dtype, shard_texts)
+    _make(directory)
+    _check_settings(directory, settings)
 
     done = shards.there(directory)
     finished = (directory / shards.FINISHED).is_file()
     if finished:
         shards.open_embeddings(directory)  # refuses one that has lost shards
-    multihost_utils.sync_global_devices("m3jax.encode_to: every process knows what is there")
-    count = len(texts) if isinstance(texts, Sized) else None
+    count = _length(texts)
     most = COLBERT_BYTES // (4 * (plan.asked.width or m3.config.colbert_dim)) if colbert else None
-    groups = _groups(texts, shard_texts, lambda text: min(len(instruction) + len(text) + 2, plan.max_length), most)
+    groups = _groups(
+        texts, count, shard_texts, lambda text: min(len(instruction) + len(text) + 2, plan.max_length), most
+    )
     first = next(groups)
     if not finished:
-        # Over all texts where they can be gone through once more: a file's first may be of another kind than its last.
-        all_of_them = texts if count and iter(texts) is not texts else first.texts
+        # Over all texts where they have places, so that they can be gone through once more: a file's first may be of another
+        # kind than its last. What only has a length may give what another iterator of it would (tqdm of a generator does).
+        all_of_them = texts if count and hasattr(texts, "__getitem__") else first.texts
         sample = [*islice(all_of_them, 0, None, (count or len(first.texts)) // SAMPLE + 1)]
         sizes = room.bytes_a_text(m3, sample, plan, colbert_dtype)
         came = sum(shards.read_record(directory, index)["texts"] for index in done)
         room.check(directory, count, sizes, came, say=jax.process_index() == 0)
+    _begin(directory, settings)
 
     # Parameters that span processes are computed with by all at once, and each then holds all rows.
     together = not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(m3.params))
@@ -135,13 +142,18 @@ def encode_to(
             missing = 0
             for group in chain([first], groups):
                 needed.add(group.index)
-                if group.index in done:
+                if there := group.index in done:
                     _check_same(directory, group)
                 elif finished:
                     raise ValueError(
                         f"{directory}: it is finished with {group.row} texts, but more came; take another directory for them"
                     )
-                else:
+                if group.last and max(done, default=0) > group.index:
+                    raise ValueError(
+                        f"{directory}: shard number {max(done)} is there, but the texts that came end in number {group.index}; "
+                        "pass the same texts in the same order, or another directory"
+                    )
+                if not there:
                     mine = missing % jax.process_count() == jax.process_index()
                     missing += 1
                     if mine or together:
@@ -152,34 +164,56 @@ def encode_to(
         run(m3, to_encode(), plan, deliver=writer.put, taken_in=bar.update)
     # By looking, because one process may wait for another's shard for hours, which is no time for a collective.
     _until(lambda: needed <= shards.there(directory))
-    _check_no_more(directory, len(needed))
     if jax.process_index() == 0 and not finished:
         shards.finish(directory)
     _until((directory / shards.FINISHED).is_file)
     total = shards.read_finished(directory)
     if total["cut"]:
-        warnings.warn(say_cut(total["cut"], total["texts"], plan.max_length), stacklevel=2)
+        warnings.warn(say_cut(total["cut"], total["texts"], plan), stacklevel=2)
     return shards.open_embeddings(directory)
 
 
-def _begin(directory: Path, settings: dict[str, Any]) -> None:
-    """Make the directory, or check that what is there was begun with the same settings."""
+def _length(texts: Iterable[str]) -> int | None:
+    """What len says; None where it says nothing, as of an iterator, or of a tqdm of one without a total."""
+    try:
+        return len(texts)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
+def _make(directory: Path) -> None:
+    """Make the directory where it is not there, and refuse what encode_to did not begin."""
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        if shards.read_settings(directory) is None:
-            # A kill before settings.json leaves at most its partial file.
-            if other := [path.name for path in directory.iterdir() if not path.name.startswith("partial-")]:
-                raise ValueError(
-                    f"{directory}: expected an empty directory or one that encode_to began, found {sorted(other)[0]}; give "
-                    "another directory"
-                )
-            shards.write_json(directory / shards.SETTINGS, settings)
+        # A kill before settings.json leaves at most its partial file.
+        other = sorted(path.name for path in directory.iterdir() if not path.name.startswith("partial-"))
+        if other and shards.read_settings(directory) is None:
+            raise ValueError(
+                f"{directory}: expected an empty directory or one that encode_to began, found {other[0]}; give another "
+                "directory"
+            )
         shards.clear(directory)  # now, as it takes room on the disk
     multihost_utils.sync_global_devices("m3jax.encode_to: the directory is there")
-    there = shards.read_settings(directory)
-    if there is None:
+    if not directory.is_dir():
         raise ValueError(f"{directory}: process {jax.process_index()} does not see it; give a directory that all share")
-    if differing := list(provenance.differences(there, settings)):
+
+
+def _begin(directory: Path, settings: dict[str, Any]) -> None:
+    """Write what the rows are made with where they are not begun: after all that can be refused before them, so that another
+    call may have other settings then."""
+    if jax.process_index() == 0 and shards.read_settings(directory) is None:
+        shards.write_json(directory / shards.SETTINGS, settings)
+    multihost_utils.sync_global_devices("m3jax.encode_to: begun, and every process knows which shards are there")
+    if shards.read_settings(directory) is None:
+        raise ValueError(
+            f"{directory}: process {jax.process_index()} does not see what is in it; give one that all share"
+        )
+    _check_settings(directory, settings)
+
+
+def _check_settings(directory: Path, settings: dict[str, Any]) -> None:
+    there = shards.read_settings(directory)
+    if there is not None and (differing := list(provenance.differences(there, settings))):
         raise ValueError(
             f"{directory}: what is there was encoded with {'; '.join(differing)}. Pass what it was begun with to go on, or "
             "another directory to begin anew"
@@ -193,32 +227,40 @@ class _Group(NamedTuple):
     row: int  # of the first text
     texts: list[str]
     digest: str
+    last: bool
 
 
 def _groups(
-    texts: Iterable[str], shard_texts: int, tokens_of: Callable[[str], int], most: int | None
+    texts: Iterable[str], count: int | None, shard_texts: int, tokens_of: Callable[[str], int], most: int | None
 ) -> Iterator[_Group]:
     """The texts of each shard, a function of the texts and settings alone; one shard of none where there are none.
 
     A shard has at most SHARD_CHARACTERS and, where it is given, `most` tokens, but for a single text. A text counts for as
     many tokens as it has characters, which are not fewer but in rare scripts, and are known without tokenising it twice.
+    ValueError, before the last shard, where not `count` texts came.
     """
     group: list[str] = []
     digest = hashlib.blake2b(digest_size=16)
     index = start = tokens = characters = 0
+    row = -1
     for row, text in enumerate(texts):
         encoded = utf8(text, f"encode_to: text {row}")
         own = tokens_of(text)
         too_many = most is not None and tokens + own > most
         if group and (len(group) == shard_texts or too_many or characters + len(text) > SHARD_CHARACTERS):
-            yield _Group(index, start, group, digest.hexdigest())
+            yield _Group(index, start, group, digest.hexdigest(), last=False)
             index, start, tokens, characters, group = index + 1, row, 0, 0, []
             digest = hashlib.blake2b(digest_size=16)
         group.append(text)
         tokens += own
         characters += len(text)
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    yield _Group(index, start, group, digest.hexdigest())
+    if count is not None and row + 1 != count:
+        raise ValueError(
+            f"encode_to: texts must be as many as len(texts) says, {count:,}, but {row + 1:,} came; pass all of them, or an "
+            "iterator of what there is"
+        )
+    yield _Group(index, start, group, digest.hexdigest(), last=True)
 
 
 def _check_same(directory: Path, group: _Group) -> None:
@@ -275,15 +317,6 @@ class _Writer:
             self._stop.set()
         elif self._writing is not None:
             self._writing.exception()  # waits; the error that ended the block is the one to tell
-
-
-def _check_no_more(directory: Path, count: int) -> None:
-    there = len(shards.there(directory))
-    if there > count:
-        raise ValueError(
-            f"{directory}: {there} shards are there, but {count} hold all texts that came; pass the same texts in the same "
-            "order, or another directory"
-        )
 
 
 def _until(ready: Callable[[], bool]) -> None:

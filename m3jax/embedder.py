@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from m3jax import sources, weights
-from m3jax.arguments import make_plan
+from m3jax.arguments import make_plan, yes_or_no
 from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
 from m3jax.encoding import run, say_cut
@@ -156,6 +156,10 @@ def encode(
         mcls=mcls,
         batch_tokens=batch_tokens,
     )
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"encode: texts must be a str or an iterable of str, got {texts!r:.80}")
+    if progress is not None:
+        progress = yes_or_no("progress", progress)
     rows = [texts] if isinstance(texts, str) else list(texts)
     whole: list[tuple[Arrays, int]] = []
     # A bar that is asked for shows at once; None is tqdm's word for one on a terminal, if the work takes a while.
@@ -164,5 +168,5 @@ def encode(
         run(m3, [(None, rows)], plan, deliver=lambda _, *given: whole.append(given), taken_in=bar.update)
     [(arrays, cut)] = whole
     if cut:
-        warnings.warn(say_cut(cut, len(rows), plan.max_length), stacklevel=2)
+        warnings.warn(say_cut(cut, len(rows), plan), stacklevel=2)
     return Embeddings(*arrays, single=isinstance(texts, str))

@@ -75,9 +75,10 @@ _CPU_QUEUE = 32
 _OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
-def say_cut(cut: int, count: int, max_length: int) -> str:
+def say_cut(cut: int, count: int, plan: Plan) -> str:
     """What the warning of texts that were cut says."""
-    return f"{cut} of {count} texts are longer than max_length = {max_length} tokens and were cut to it"
+    with_cls = ", CLS tokens of mcls included," if plan.mcls else ""
+    return f"{cut} of {count} texts are longer{with_cls} than max_length = {plan.max_length} tokens and were cut to it"
 
 
 def run(

@@ -1,6 +1,6 @@
 """Batches of packed texts through encoder and heads, without gradients: one compiled layer runs for all of them.
 
-Not here: texts and results (embedder.py), the model as one pure function (model.apply).
+Not here: texts and results (encoding.py, collected.py), the model as one pure function (model.apply).
 """
 
 import functools

@@ -4,7 +4,7 @@ Not here: which files those are and how they are written (shards.py).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,27 @@ _MAPPED = 4096
 class _Shards:
     """The mapped arrays of a part, and which of them holds a row."""
 
-    def __init__(self, folders: Sequence[Path], counts: Sequence[int], names: Sequence[str], take: Callable[..., Any]):
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        counts: Sequence[int],
+        shapes: Mapping[str, Callable[..., tuple[int, ...]]],
+        take: Callable[..., Any],
+    ):
+        """shapes: of each array's name, from the number of a shard's texts and the arrays. take: of the arrays, what to map."""
         self.ends = np.cumsum(counts, dtype=np.int64)
-        for path in (folder / f"{name}.npy" for folder in folders for name in names):
+        for path in (folder / f"{name}.npy" for folder in folders for name in shapes):
             if not path.is_file():
                 raise _damaged(path, "it is not there")
 
         @functools.lru_cache(_MAPPED)
         def mapped(index: int) -> Any:
-            return take(*(_map(folders[index] / f"{name}.npy") for name in names))
+            paths = [folders[index] / f"{name}.npy" for name in shapes]
+            arrays = [_map(path) for path in paths]
+            for path, array, shape in zip(paths, arrays, shapes.values(), strict=True):
+                if array.shape != (expected := shape(counts[index], *arrays)):
+                    raise _damaged(path, f"it must have the shape {expected}, but has {array.shape}")
+            return take(*arrays)
 
         self.mapped = mapped
 
@@ -90,7 +102,7 @@ class Dense(Stored):
     ndim = 2
 
     def __init__(self, folders: Sequence[Path], counts: Sequence[int], width: int):
-        self._shards = _Shards(folders, counts, ["dense"], lambda dense: dense)
+        self._shards = _Shards(folders, counts, {"dense": lambda n, _: (n, width)}, lambda dense: dense)
         self.shape = len(self._shards), width
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -108,10 +120,15 @@ class Terms(Stored):
     """[texts, vocabulary] float32 in CSR form."""
 
     def __init__(self, folders: Sequence[Path], counts: Sequence[int], width: int):
-        def matrix(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray) -> csr_matrix:
+        def matrix(indptr: np.ndarray, data: np.ndarray, indices: np.ndarray) -> csr_matrix:
             return csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, width), copy=False)
 
-        self._shards = _Shards(folders, counts, ["sparse_data", "sparse_indices", "sparse_indptr"], matrix)
+        shapes: dict[str, Callable[..., tuple[int, ...]]] = {
+            "sparse_indptr": lambda n, *_: (n + 1,),
+            "sparse_data": lambda n, indptr, *_: (int(indptr[-1]),),
+            "sparse_indices": lambda n, indptr, *_: (int(indptr[-1]),),
+        }
+        self._shards = _Shards(folders, counts, shapes, matrix)
         self.shape = len(self._shards), width
 
     def __getitem__(self, index: Any) -> csr_matrix:
@@ -130,14 +147,19 @@ class Colbert(Stored, Sequence):
     @classmethod
     def of(cls, folders: Sequence[Path], counts: Sequence[int], width: int, *, scaled: bool) -> "Colbert":
         """All rows; scaled says that they are in int8, with a scale each."""
-        names = ["colbert", "colbert_indptr"] + ["colbert_scales"] * scaled
-        shards = _Shards(folders, counts, names, lambda *arrays: arrays)
+        shapes: dict[str, Callable[..., tuple[int, ...]]] = {
+            "colbert_indptr": lambda n, *_: (n + 1,),
+            "colbert": lambda n, indptr, *_: (int(indptr[-1]), width),
+        }
+        if scaled:
+            shapes["colbert_scales"] = lambda n, indptr, *_: (int(indptr[-1]),)
+        shards = _Shards(folders, counts, shapes, lambda *arrays: arrays)
         return cls(shards, width, range(len(shards)))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Colbert(self._shards, self.shape[1], self._rows[index])
-        (vectors, indptr, *scales), row = self._shards.at(self._rows[int(index)])
+        (indptr, vectors, *scales), row = self._shards.at(self._rows[int(index)])
         some = slice(*indptr[row : row + 2])
         found = vectors[some].astype(np.float32)
         return found * scales[0][some, None] if scales else found

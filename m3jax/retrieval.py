@@ -3,6 +3,7 @@
 Not here: the scores of one part (pairs.py), those inside a loss, with gradients (scores.py), making Embeddings (embedder.py).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int
 
+from m3jax.arguments import whole_number
 from m3jax.embeddings import Embeddings
 from m3jax.pairs import BLOCKS, PAIRS, Block
 
@@ -142,7 +144,7 @@ def search(
     if by not in FUNCTIONS:
         raise ValueError(f"search: by must be one of {', '.join(map(repr, FUNCTIONS))}, got {by!r}.")
     for name, count in {"k": k, "candidates": candidates, "rerank": rerank}.items():
-        if count < 1:
+        if whole_number(f"search: {name}", count) < 1:
             raise ValueError(f"search: {name} must be at least 1, got {count}.")
     weights = _search_weights(by, weights)
     k = min(k, len(passages))
@@ -187,7 +189,11 @@ _FLOOR = {"dense": -np.inf, "sparse": 0.0}
 
 
 def _check_weights(caller: str, weights: tuple[float, float, float]) -> None:
-    if len(weights) != 3 or not np.all(np.isfinite(weights)) or not any(weights):
+    try:
+        sound = len(weights) == 3 and all(map(math.isfinite, weights)) and any(weights)
+    except TypeError:
+        sound = False
+    if not sound:
         raise ValueError(
             f"{caller}: weights must be three finite numbers (dense, sparse, colbert), not all 0, got {weights}."
         )

@@ -20,12 +20,14 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float32, Int8
 from scipy.sparse import csr_matrix
 
+from m3jax import paths
 from m3jax.embeddings import Embeddings
 from m3jax.mapped import Colbert, Dense, Terms
 
@@ -45,6 +47,10 @@ def open_embeddings(directory: str | Path) -> Embeddings:
 
     Raises ValueError where directory holds no embeddings, or is not finished: it says then how to go on.
     """
+    if paths.is_url(directory):
+        raise ValueError(
+            f"open_embeddings: directory must be on a file system, got {directory}; copy it to a disk first"
+        )
     directory = Path(directory)
     settings = read_settings(directory)
     if settings is None:
@@ -101,11 +107,12 @@ def write_shard(
     arrays, parts = _arrays(rows, colbert_dtype)
     size = sum(array.nbytes for array in arrays.values())
     room = free(directory)
+    too_large = (
+        f"{directory}: {_name(index)} takes {size:,} bytes, but {room:,} are free; make room and call encode_to again "
+        "with the same texts: it goes on here"
+    )
     if room < size:
-        raise ValueError(
-            f"{directory}: {_name(index)} takes {size:,} bytes, but {room:,} are free; make room and call encode_to again "
-            "with the same texts: it goes on here"
-        )
+        raise ValueError(too_large)
     for part, about in parts.items():
         about["bytes"] = sum(array.nbytes for name, array in arrays.items() if name.partition("_")[0] == part)
     record = {"texts": len(rows), "parts": parts, **record}
@@ -115,7 +122,9 @@ def write_shard(
         for name, array in arrays.items():
             go_on()
             with open(partial / f"{name}.npy", "wb") as file:
-                np.save(file, array)
+                # Of files that it knows NumPy takes the descriptor, and says nothing where the disk cuts off the last bytes.
+                unknown: Any = SimpleNamespace(write=file.write)
+                np.save(unknown, array)
                 file.flush()
                 os.fsync(file.fileno())
         write_json(partial / SHARD, record)
@@ -124,6 +133,9 @@ def write_shard(
         partial.rename(directory / _name(index))
         _sync(directory)
     except OSError as error:
+        # What is free is not always this user's, nor what one file may take.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ValueError(f"{too_large} ({error})") from error
         if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
             raise
         raise ValueError(
@@ -147,25 +159,25 @@ def there(directory: Path) -> set[int]:
 
 def read_record(directory: Path, index: int) -> dict[str, Any]:
     """What shard.json says of one shard."""
-    return _read_json(directory / _name(index) / SHARD, "texts", "parts", "cut", "digest")
+    return _read_json(directory / _name(index) / SHARD, texts=int, parts=dict, cut=int, digest=str)
 
 
 def read_finished(directory: Path) -> dict[str, Any]:
     """What finished.json says of all shards together: as `summary`."""
-    return _read_json(directory / FINISHED, "texts", "parts", "cut", "shards")
+    return _read_json(directory / FINISHED, texts=int, parts=dict, cut=int, shards=list)
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
     """What the rows of a directory are made with; None where none were begun. ValueError for another format."""
     if not (directory / SETTINGS).is_file():
         return None
-    settings = _read_json(directory / SETTINGS, "format")
+    settings = _read_json(directory / SETTINGS, format=str)
     if settings["format"] != FORMAT:
         raise ValueError(
             f"{directory / SETTINGS}: the format must be {FORMAT!r}, got {settings['format']!r}; read it with the m3jax "
             "that wrote it, or encode again"
         )
-    return settings
+    return _read_json(directory / SETTINGS, model=dict)
 
 
 def finish(directory: Path, **record: Any) -> None:
@@ -196,14 +208,14 @@ def summary(directory: Path) -> dict[str, Any]:
     return {"texts": sum(texts), "cut": sum(record["cut"] for record in records), "parts": parts, "shards": texts}
 
 
-def _read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The object of a file that this module wrote, with these keys; ValueError with its path where it is none."""
+def _read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """The object of a file that this module wrote, with keys of these kinds; ValueError with its path where it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("no object")
-        if missing := [key for key in keys if key not in content]:
-            raise ValueError(f"no {', '.join(missing)}")
+        if wrong := [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]:
+            raise ValueError(f"no {', '.join(wrong)} of its kind")
         return content
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a JSON object as encode_to writes it ({error}); encode again") from error

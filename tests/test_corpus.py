@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import m3jax
 from m3jax import corpus, shards
@@ -96,12 +97,15 @@ def test_bad_arguments(m3, tmp_path):
         ({"max_length": 99}, ValueError, "2 to 38, got 99"),
         ({"max_length": 4.5}, ValueError, "max_length must be a whole number, got 4.5"),
         ({"shard_texts": 4.5}, ValueError, "shard_texts must be a whole number, got 4.5"),
+        ({"shard_texts": True}, ValueError, "shard_texts must be a whole number, got True"),
+        ({"progress": "no"}, ValueError, "progress must be True or False, got 'no'"),
         ({"dense": False, "sparse": False}, ValueError, "must give something"),
     ):
         with pytest.raises(error, match=message):
             m3jax.encode_to(tmp_path / "x", m3, TEXTS, **arguments)
-    with pytest.raises(ValueError, match="got one str; pass"):
-        m3jax.encode_to(tmp_path / "x", m3, "one text")
+    for texts in ("one text", b"bytes", None, 5):
+        with pytest.raises(ValueError, match=f"texts must be an iterable of str, got {texts!r}; of one text pass"):
+            m3jax.encode_to(tmp_path / "x", m3, texts)
     with pytest.raises(ValueError, match="must be on a file system, got gs://bucket/x"):
         m3jax.encode_to("gs://bucket/x", m3, TEXTS)
     assert not list(tmp_path.iterdir())
@@ -113,6 +117,42 @@ def test_a_bad_text_is_named_by_its_place_in_the_corpus(m3, tmp_path, whole):
     for bad, message in ((None, "text 13 must be a str; NoneType came"), ("a\ud800", "text 13 is not valid Unicode")):
         with pytest.raises(ValueError, match=message):
             m3jax.encode_to(tmp_path / "x", m3, [*TEXTS[:13], bad, *TEXTS[14:]], **SMALL)
+    with pytest.raises(ValueError, match="text 0 must be a str; int came"):  # before anything is written
+        m3jax.encode_to(tmp_path / "y", m3, [5], colbert=True, colbert_dtype="int8")
+    for directory in ("x", "y"):
+        m3jax.encode_to(tmp_path / directory, m3, TEXTS, **SMALL)
+        assert files(tmp_path / directory) == whole
+
+
+class Announced:
+    """Texts of a source that can be read once, and what it says of their number."""
+
+    def __init__(self, texts, length):
+        self.texts, self.length = iter(texts), length
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        yield from self.texts
+
+
+def test_texts_that_can_be_read_once_are_all_there_whatever_says_how_many(m3, tmp_path, whole):
+    bar = tqdm((text for text in TEXTS), total=len(TEXTS), disable=True)
+    untold = tqdm((text for text in TEXTS), disable=True)
+    for number, texts in enumerate((bar, untold, Announced(TEXTS, len(TEXTS)))):
+        m3jax.encode_to(tmp_path / str(number), m3, texts, **SMALL)
+        assert files(tmp_path / str(number)) == whole
+
+
+@pytest.mark.parametrize("length", [22, 24, 90])
+def test_other_numbers_than_announced_are_refused_before_the_last_shard(m3, tmp_path, whole, length):
+    """What ends early, a download or a data set that shrank, is not taken for a whole corpus."""
+    with pytest.raises(ValueError, match=rf"as many as len\(texts\) says, {length}, but 23 came; pass all of them"):
+        m3jax.encode_to(tmp_path / "x", m3, Announced(TEXTS, length), **SMALL)
+    assert shards.there(tmp_path / "x") == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="not finished"):
+        m3jax.open_embeddings(tmp_path / "x")
     m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
     assert files(tmp_path / "x") == whole
 

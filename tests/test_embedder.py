@@ -187,7 +187,13 @@ def test_bad_arguments(m3):
         m3jax.encode(m3, ["a", None])
     with pytest.raises(ValueError, match="batch_tokens"):
         m3jax.encode(m3, TEXTS, batch_tokens=0)
-    for name in ("dense", "sparse", "colbert", "mcls"):
+    for texts in (b"bytes", None, 5):
+        with pytest.raises(ValueError, match=f"texts must be a str or an iterable of str, got {texts!r}"):
+            m3jax.encode(m3, texts)
+    for name in ("truncate_dim", "batch_tokens", "max_length"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number, got True"):
+            m3jax.encode(m3, TEXTS, **{name: True})
+    for name in ("dense", "sparse", "colbert", "mcls", "progress"):
         with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
             m3jax.encode(m3, TEXTS, **{name: "no"})
     assert m3jax.encode(m3, TEXTS, dense=np.True_, sparse=np.False_, mcls=np.False_).terms is None

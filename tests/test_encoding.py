@@ -157,7 +157,9 @@ def test_mcls_counts_toward_max_length(m3, of_tokens, max_length):
     expected, kept = zip(*(naive_mcls(m3, text, max_length) for text in texts), strict=True)
     assert max(kept) == (258 if max_length == 259 else 260)
     cut = sum(len(one.colbert) - 1 < n for one, n in zip(expected, lengths, strict=True))
-    with pytest.warns(UserWarning, match=f"{cut} of 4 texts are longer than max_length = {max_length}"):
+    with pytest.warns(
+        UserWarning, match=f"{cut} of 4 texts are longer, CLS tokens of mcls included, than max_length = {max_length}"
+    ):
         got = m3jax.encode(m3, texts, mcls=True, max_length=max_length, **ALL)
     assert_same(got, expected)
 

@@ -120,6 +120,8 @@ def test_every_option_reaches_encode_to(model, tmp_path, monkeypatch):
         ("x.txt", b"a\n\xff\nb", r"x.txt:2: must be UTF-8; byte 0 of the line is not"),
         ("x.jsonl", b'{"text": "a"}\n{"text"\n', r"x.jsonl:2: must be one JSON object; .* at character 8"),
         ("x.jsonl", b'{"text": "a"}\n\n["b"]', r'x.jsonl:3: must be {"text": str}.*\["b"\] came'),
+        ("x.jsonl", b'{"text":' + b"[" * 100_000, "x.jsonl:1: must be one JSON object; .*recursion"),
+        ("x.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "x.jsonl:1: must be one JSON object; .*digits"),
         ("x.jsonl", b'{"id": 1}', "x.jsonl:1: must be"),
         ("x.jsonl", b'{"text": 1}', "x.jsonl:1: must be"),
         ("x.jsonl", b'{"text": "a", "title": 1}', "x.jsonl:1: must be"),

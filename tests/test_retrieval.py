@@ -148,7 +148,7 @@ def test_score_refuses():
     queries, passages = random_embeddings(3, 0), random_embeddings(4, 1)
     with pytest.raises(ValueError, match="got 3 and 4"):
         score(queries, passages, pairwise=True)
-    for weights in ((0, 0, 0), (1, 1), (1, float("nan"), 1)):
+    for weights in ((0, 0, 0), (1, 1), (1, float("nan"), 1), 1, (1, None, 1), {"dense": 1, "sparse": 1, "colbert": 1}):
         with pytest.raises(ValueError, match="weights must be three finite numbers"):
             score(queries, passages, weights=weights)
     with pytest.raises(ValueError, match="dense of queries and passages must have the same width, got 6 and 7"):
@@ -240,6 +240,8 @@ def test_no_queries_and_no_passages():
         ({"by": "sparse"}, "needs sparse, which the queries and the passages lack; encode with sparse=True"),
         ({"by": "colbert"}, "encode with colbert=True"),
         ({"k": 0}, "k must be at least 1"),
+        ({"k": 2.0}, "k must be a whole number, got 2.0"),
+        ({"candidates": "2"}, "candidates must be a whole number, got '2'"),
         ({"by": "all", "rerank": 0}, "rerank must be at least 1"),
         ({"by": "colbert", "k": 6, "rerank": 5}, "rerank=5 passages, and cannot give the best k=6"),
         ({"by": "dense+sparse", "k": 6, "candidates": 5}, "pass candidates=6 or more"),

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import m3jax
-from m3jax import corpus, shards
+from m3jax import __main__ as program
+from m3jax import corpus, room, shards
+from m3jax.arguments import make_plan
 from tests.small_corpus import SMALL, TEXTS, files, small_model, stopped
 
 
@@ -43,27 +45,31 @@ def test_the_size_is_said_first(m3, tmp_path, capsys):
     assert said(capsys) == []
 
 
-class Counted:
-    """Texts as a file has them: counted, and read as often as they are asked for."""
-
-    def __init__(self, texts):
-        self.texts = texts
-
-    def __len__(self):
-        return len(self.texts)
-
-    def __iter__(self):
-        return iter(self.texts)
-
-
-@pytest.mark.parametrize("kind", [list, np.array, Counted])
+@pytest.mark.parametrize("kind", [list, np.array, "file"])
 def test_the_size_is_estimated_of_all_texts_and_not_of_the_first(m3, tmp_path, capsys, kind):
     """Short ones first, as files that were sorted have them."""
     texts = ["fox"] * 20 + ["fox " * 12] * 20
-    m3jax.encode_to(tmp_path / "x", m3, kind(texts), colbert=True, shard_texts=5)
+    (tmp_path / "texts").write_text("\n".join(texts))
+    given = program._File(tmp_path / "texts", jsonl=False) if kind == "file" else kind(texts)
+    m3jax.encode_to(tmp_path / "x", m3, given, colbert=True, shard_texts=5)
     estimated = re.search(r"colbert about ([\d,]+)", said(capsys)[0])[1]
     took = json.loads(files(tmp_path / "x")["finished.json"])["parts"]["colbert"]["bytes"]
     assert took == pytest.approx(int(estimated.replace(",", "")), abs=8 * 8)
+
+
+def test_the_sample_is_tokenised_one_by_one_and_to_a_bound(m3, monkeypatch):
+    """Ctrl-C waits for one text, and nobody for the tokens of 256 books."""
+    monkeypatch.setattr(room, "_CHARACTERS", 100)
+    given, tokenise = [], m3.tokenizer.encode
+    monkeypatch.setattr(
+        type(m3.tokenizer), "encode", lambda self, *a, **how: (given.append(a[0]), tokenise(*a, **how))[1]
+    )
+    plan = make_plan(
+        m3.config, dense=True, sparse=True, colbert=True, max_length=None, instruction="", truncate_dim=None, mcls=False,
+        batch_tokens=None,
+    )  # fmt: skip
+    room.bytes_a_text(m3, ["fox fox " * 4] * 99, plan, "float16")
+    assert [len(texts) for texts in given] == [1] * 4
 
 
 def test_what_does_not_fit_is_refused_before_it_begins(m3, tmp_path, monkeypatch):
@@ -71,6 +77,8 @@ def test_what_does_not_fit_is_refused_before_it_begins(m3, tmp_path, monkeypatch
     monkeypatch.setattr(corpus, "run", lambda *arguments, **how: pytest.fail("it encoded"))
     with pytest.raises(ValueError, match=r"about [\d,]+ bytes are to be written, but 1,572 are free; make room"):
         m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    monkeypatch.undo()
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL | {"colbert": False})  # as it says: an output is left out
 
 
 def test_what_is_left_must_fit_and_not_what_is_there(m3, tmp_path, monkeypatch):

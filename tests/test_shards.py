@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +40,7 @@ def rows(count=17, seed=0, width=16):
 
 def write(directory, embeddings, counts=COUNTS, colbert_dtype="float32"):
     directory.mkdir(exist_ok=True)
-    shards.write_json(directory / shards.SETTINGS, {"format": shards.FORMAT})
+    shards.write_json(directory / shards.SETTINGS, {"format": shards.FORMAT, "model": {}})
     start = 0
     for index, count in enumerate(counts):
         part = embeddings[start : start + count]
@@ -46,6 +48,11 @@ def write(directory, embeddings, counts=COUNTS, colbert_dtype="float32"):
         start += count
     shards.finish(directory)
     return directory
+
+
+def copy(directory, of, to, name):
+    """The array of one shard in place of another's."""
+    shutil.copy(directory / f"shard-{of:08d}" / f"{name}.npy", directory / f"shard-{to:08d}")
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +200,13 @@ def test_the_files_are_plain_numpy(memory, tmp_path):
         ),
         (lambda d: (d / "finished.json").write_text('{"parts": {}, "cut": 0}'), "finished.json: .*no texts, shards"),
         (lambda d: (d / "settings.json").write_text("{}"), "settings.json: .*no format"),
+        (lambda d: (d / "settings.json").write_text(json.dumps({"format": shards.FORMAT, "model": 3})), "no model"),
+        (
+            lambda d: (d / "finished.json").write_text('{"texts": 3, "parts": [], "cut": 0, "shards": 5}'),
+            "parts, shards",
+        ),
+        (lambda d: copy(d, 0, 1, "dense"), r"00001.dense.npy: .*must have the shape \(1, 16\), but has \(5, 16\)"),
+        (lambda d: np.save(d / "shard-00000000" / "dense.npy", np.zeros((5, 8), np.float32)), r"but has \(5, 8\)"),
     ],
 )
 def test_what_is_not_whole_is_refused(tmp_path, memory, break_it, message):
@@ -200,6 +214,20 @@ def test_what_is_not_whole_is_refused(tmp_path, memory, break_it, message):
     break_it(directory)
     with pytest.raises(ValueError, match=message):
         m3jax.open_embeddings(directory).dense_vecs[:]
+
+
+@pytest.mark.parametrize("name", ["sparse_indptr", "sparse_data", "sparse_indices", "colbert", "colbert_indptr"])
+def test_an_array_of_another_shard_is_refused(tmp_path, memory, name):
+    directory = write(tmp_path / "x", memory)
+    copy(directory, 3, 0, name)
+    found = m3jax.open_embeddings(directory)
+    with pytest.raises(ValueError, match=rf"shard-00000000.{name.split('_')[0]}.*.npy: .*must have the shape"):
+        found[:3].sparse if name.startswith("sparse") else found.colbert_vecs[0]
+
+
+def test_a_url_is_refused():
+    with pytest.raises(ValueError, match="directory must be on a file system, got gs://bucket/x; copy it to a disk"):
+        m3jax.open_embeddings("gs://bucket/x")
 
 
 def test_a_record_that_is_not_whole_is_refused(tmp_path, memory):
@@ -220,13 +248,26 @@ def test_a_shard_is_never_half_there(tmp_path, memory, monkeypatch):
         save(file, array)
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ValueError, match=r"make room and call encode_to again .* \(.*No space"):
         shards.write_shard(tmp_path, 0, memory, colbert_dtype="int8", cut=0, digest="")
     assert list(tmp_path.iterdir()) == []
     shards.write_shard(tmp_path, 0, memory, colbert_dtype="int8", cut=0, digest="")
     with pytest.raises(ValueError, match=r"shard-00000000 cannot be written .*; does another run write here"):
         shards.write_shard(tmp_path, 0, memory, colbert_dtype="int8", cut=0, digest="")
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00000000"]
+
+
+@pytest.mark.parametrize("room", [300, 1000])
+def test_a_file_that_the_disk_cuts_short_is_an_error(tmp_path, memory, room):
+    """Also where the system takes less than NumPy's own writing would notice."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"shard-00000000 takes .* make room and call .* \(.*File too large"):
+            shards.write_shard(tmp_path, 0, memory, colbert_dtype="int8", cut=0, digest="")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 SEARCH = """
