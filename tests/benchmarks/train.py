@@ -16,15 +16,18 @@ train/flops.py has them: those of the decoder's layer and of the vocabulary's lo
 
     --largest LENGTH …   the largest batch (queries × a group of 8, pairs, or texts) of each length whose step fits into a
                          device's memory, whole and in sub-batches, by compiling: nothing runs. --memory GB says how much;
-                         without it the device's own
+                         without it the device's own. With --chip v5e, v6e or v5p for one such TPU, by libtpu (`.[test,tpu]`)
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,7 @@ def compare(case: Case, layers: int, width: int, repeats: int) -> None:
 def largest(lengths: list[int], given: argparse.Namespace) -> None:
     """Compile for more and more queries until a step no longer fits."""
     import jax
+    from jax.sharding import NamedSharding, PartitionSpec
 
     from m3jax import retromae
     from m3jax.config import M3Config
@@ -102,7 +106,13 @@ def largest(lengths: list[int], given: argparse.Namespace) -> None:
     from train.compiled import bytes_of, device_memory
     from train.sub_batch import SubBatches
 
-    limit = given.memory * 1e9 if given.memory else device_memory()
+    placed, memory, on = None, given.memory, nullcontext()
+    if given.chip:
+        from tests.tpu.chips import MEMORY, tpu_mesh
+
+        mesh, memory = tpu_mesh(given.chip, 1), memory or MEMORY[given.chip]
+        placed, on = NamedSharding(mesh, PartitionSpec()), jax.set_mesh(mesh)
+    limit = memory * 1e9 if memory else device_memory()
     model = M3Config(
         hidden_size=given.width,
         num_hidden_layers=given.layers,
@@ -116,7 +126,7 @@ def largest(lengths: list[int], given: argparse.Namespace) -> None:
         params, what = retromae.shapes(model), "texts"
     state = 2 * sum(x.size * 4 for x in jax.tree.leaves(params))  # AdamW's moments, which this step does not hold
 
-    def fits(count: int, length: int, *, whole: bool) -> bool:
+    def bytes_taken(count: int, length: int, whole: bool) -> float:
         sides = {"texts": (count, length)}
         if given.stage != "retromae":
             sides = {"queries": (count, min(length, 512)), "passages": (count * group, length)}
@@ -124,22 +134,40 @@ def largest(lengths: list[int], given: argparse.Namespace) -> None:
         rows = [jax.ShapeDtypeStruct(side, np.int32) for side in sides.values()]
         case = Case(given.stage, Path(), rows[0].shape, rows[-1].shape, given.dtype, 0, given.remat)
         batch = jax.eval_shape(lambda *x: batch_of(given.stage, x[0], x[-1]), *rows)
-        program = gradient_of(model, case, parts).lower(params, batch).compile()
-        return bytes_of(program) + state <= limit
+        shaped = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (params, batch))
+        try:
+            return bytes_of(gradient_of(model, case, parts).lower(*shaped).compile()) + state
+        except jax.errors.JaxRuntimeError as error:  # TPU's compiler refuses what is larger than the memory
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return math.inf
 
     print(f"largest batch of {what}, {given.stage}, in {limit / 1e9:.0f} GB, remat {given.remat!r}")
-    print("length   whole   in sub-batches of one row", flush=True)
-    for length in lengths:
-        found = []
-        for whole in (True, False):
-            low, high = 0, 1
-            while fits(high, length, whole=whole):
-                low, high = high, 2 * high
-            while high - low > max(1, low // 16):
-                middle = (low + high) // 2
-                low, high = (middle, high) if fits(middle, length, whole=whole) else (low, middle)
-            found.append(low)
-        print(f"{length:6,} {found[0]:7,} {found[1]:9,}", flush=True)
+    print("length   whole  MB a query   in sub-batches of one row  MB a query", flush=True)
+    with on:
+        for length in lengths:
+            cells = []
+            for whole in (True, False):
+                count, each = most(lambda n, length=length, whole=whole: bytes_taken(n, length, whole), limit)
+                cells.append(f"{count:7,} {each / 1e6:11,.0f}")
+            print(f"{length:6,} {cells[0]} {cells[1]:>40}", flush=True)
+
+
+def most(bytes_taken: Callable[[int], float], limit: float) -> tuple[int, float]:
+    """The largest batch within the limit, to a sixteenth, and the bytes that one more of its queries takes."""
+    low, of_low, high, each, following = 0, 0.0, None, 0.0, 1
+    while high is None or high - low > max(1, low // 16):
+        if (taken := bytes_taken(following)) > limit:
+            high = following
+        else:
+            each = (taken - of_low) / (following - low) if low else 0.0
+            low, of_low = following, taken
+        if high:
+            following = (low + high) // 2
+        else:  # a little before where the last two say that it ends, and then what would be a sixteenth more
+            guess = low + int(0.97 * (limit - of_low) / each) if each > 0 else 2 * low
+            following = max(low + max(1, low // 16), min(guess, 8 * low))
+    return low, each
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -159,15 +187,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--largest", type=int, nargs="+", metavar="LENGTH")
     parser.add_argument("--memory", type=float, metavar="GB")
+    parser.add_argument("--chip", choices=("v5e", "v6e", "v5p"), help="of --largest")
     given = parser.parse_args()
     given.layers, given.width = given.geometry
     if given.stage == "retromae" and given.queries:
         parser.error("stage 1 has no queries, only --passages, its texts")
     queries = (0, 1) if given.stage == "retromae" else given.queries or (4, 64)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too
-    _, device = apart(contestants.backend)
+    device = f"compiled for one {given.chip} on" if given.chip else apart(contestants.backend)[1] + ","
     print(
-        f"{given.stage}, {given.layers} × {given.width}, {given.dtype}, {device}, {len(os.sched_getaffinity(0))} cores"
+        f"{given.stage}, {given.layers} × {given.width}, {given.dtype}, {device} {len(os.sched_getaffinity(0))} cores"
     )
     if given.largest:
         largest(given.largest, given)

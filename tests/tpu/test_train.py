@@ -20,6 +20,7 @@ from m3jax.config import M3Config
 from m3jax.losses import PARTS
 from m3jax.model import shapes
 from tests.collectives import activations, collectives
+from tests.tpu.chips import MEMORY
 from train import reconstruction
 from train.abstract import abstract_batch, abstract_state, abstract_texts
 from train.compiled import fitting
@@ -30,7 +31,6 @@ from train.step import make_step
 
 MODEL = M3Config()
 MASK_ID = MODEL.vocab_size - 1
-MEMORY = {"v5e": 16, "v6e": 32, "v5p": 95}  # GB a device
 MESHES = {1: {}, 8: {"data": 1, "fsdp": 8}, 64: {"data": 8, "fsdp": 8}}
 # Of a sub-batch of a device: one that holds the whole model and its moments has less room for activations.
 TOKENS = {1: 8192, 8: 16384, 64: 16384}
