@@ -61,6 +61,11 @@ def make_plan(
     return Plan(Asked(dense, sparse, colbert, truncate_dim), max_length, instruction, mcls, batch_tokens)
 
 
+def bar_hidden(progress: Any) -> bool | None:
+    """What tqdm's `disable` is for the argument progress: None shows a bar on a terminal alone. ValueError for no bool."""
+    return None if progress is None else not yes_or_no("progress", progress)
+
+
 def yes_or_no(name: str, value: Any) -> bool:
     """An argument as a bool, NumPy's too; ValueError where it is none."""
     if not isinstance(value, bool | np.bool_):

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from m3jax import paths, provenance, room, shards
-from m3jax.arguments import make_plan, whole_number, yes_or_no
+from m3jax.arguments import bar_hidden, make_plan, whole_number
 from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
 from m3jax.encoding import run, say_cut
@@ -102,8 +102,7 @@ def encode_to(
         mcls=mcls,
         batch_tokens=batch_tokens,
     )
-    if progress is not None:
-        progress = yes_or_no("progress", progress)
+    hidden = bar_hidden(progress)
     directory = Path(directory)
     settings = provenance.settings(m3, plan, colbert_dtype, shard_texts)
     _make(directory)
@@ -120,8 +119,8 @@ def encode_to(
     )
     first = next(groups)
     if not finished:
-        # Over all texts where they have places, so that they can be gone through once more: a file's first may be of another
-        # kind than its last. What only has a length may give what another iterator of it would (tqdm of a generator does).
+        # Over all texts, as a file's first may be of another kind than its last, but only of what has places and so can be read
+        # once more: what has a length alone, as tqdm of a generator, would be without the texts that are read here.
         all_of_them = texts if count and hasattr(texts, "__getitem__") else first.texts
         sample = [*islice(all_of_them, 0, None, (count or len(first.texts)) // SAMPLE + 1)]
         sizes = room.bytes_a_text(m3, sample, plan, colbert_dtype)
@@ -132,8 +131,7 @@ def encode_to(
     # Parameters that span processes are computed with by all at once, and each then holds all rows.
     together = not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(m3.params))
     if jax.process_index() > 0:
-        progress = False
-    hidden = None if progress is None else not progress  # None: but on a terminal
+        hidden = True
     needed: set[int] = set()
     with _Writer(directory, colbert_dtype) as writer, tqdm(total=count, unit="text", disable=hidden) as bar:
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from m3jax import sources, weights
-from m3jax.arguments import make_plan, yes_or_no
+from m3jax.arguments import bar_hidden, make_plan
 from m3jax.collected import Arrays
 from m3jax.embeddings import Embeddings
 from m3jax.encoding import run, say_cut
@@ -158,12 +158,10 @@ def encode(
     )
     if isinstance(texts, bytes) or not isinstance(texts, Iterable):
         raise ValueError(f"encode: texts must be a str or an iterable of str, got {texts!r:.80}")
-    if progress is not None:
-        progress = yes_or_no("progress", progress)
+    hidden = bar_hidden(progress)
     rows = [texts] if isinstance(texts, str) else list(texts)
     whole: list[tuple[Arrays, int]] = []
-    # A bar that is asked for shows at once; None is tqdm's word for one on a terminal, if the work takes a while.
-    hidden = None if progress is None else not progress
+    # A bar that is asked for shows at once, by itself if the work takes a while.
     with tqdm(total=len(rows), unit="text", desc="encode", disable=hidden, delay=0 if progress else 3) as bar:
         run(m3, [(None, rows)], plan, deliver=lambda _, *given: whole.append(given), taken_in=bar.update)
     [(arrays, cut)] = whole

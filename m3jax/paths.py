@@ -13,8 +13,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 
@@ -191,3 +193,13 @@ def _store(url: str | Path) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:  # a store's package is missing; an unknown scheme
         raise ValueError(f"{url}: fsspec must know the store; {error}") from error
     return store, root.rstrip("/")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as a .npy file, which is on the disk when this returns. OSError where it does not fit."""
+    with open(path, "wb") as file:
+        # Of files that it knows NumPy takes the descriptor, and says nothing where the disk cuts off the last bytes.
+        unknown: Any = SimpleNamespace(write=file.write)
+        np.save(unknown, array)
+        file.flush()
+        os.fsync(file.fileno())

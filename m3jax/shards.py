@@ -20,7 +20,6 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -121,12 +120,7 @@ def write_shard(
     try:
         for name, array in arrays.items():
             go_on()
-            with open(partial / f"{name}.npy", "wb") as file:
-                # Of files that it knows NumPy takes the descriptor, and says nothing where the disk cuts off the last bytes.
-                unknown: Any = SimpleNamespace(write=file.write)
-                np.save(unknown, array)
-                file.flush()
-                os.fsync(file.fileno())
+            paths.write_array(partial / f"{name}.npy", array)
         write_json(partial / SHARD, record)
         _sync(partial)
         go_on()

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,13 @@ def test_mesh_of_one():
 def test_mesh_sizes_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match=r"number of devices, 1, .* got data={}, fsdp={}, tensor={}".format(*sizes)):
         make_mesh(*sizes, devices=DEVICES)
+
+
+def test_slices_of_tpus_are_split_over_data_alone():
+    """Where they lie on the chips: tests/tpu/test_mesh.py."""
+    two = [SimpleNamespace(platform="tpu", slice_index=number // 4) for number in range(8)]
+    with pytest.raises(ValueError, match="data axis, which must divide by their number, 2; got data=1"):
+        make_mesh(1, 8, devices=two)
 
 
 def test_every_parameter_has_a_rule_and_divides():

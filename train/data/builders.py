@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from m3jax import paths
 from m3jax.tokenization import Tokenizer
 from train.data.rows import Texts, check_files, files_of, own_group, parse
 from train.files import read_lines
@@ -240,7 +241,7 @@ class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # a regist
                     )
                 progress.update(len(chunk))
         # TFDS writes into a temporary directory and renames it when all is done: the table is in it.
-        np.save(self.data_path / _TABLE, np.array(table, np.int32).T.copy())
+        paths.write_array(Path(self.data_path / _TABLE), np.array(table, np.int32).T.copy())
 
 
 def _make_config(files: list[Path], tokenizer: Tokenizer, query_max_length: int, passage_max_length: int) -> RowsConfig:

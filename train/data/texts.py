@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from m3jax import paths
 from m3jax.batching import bucket_length, pad
 from m3jax.tokenization import Tokenizer
 from train.data.order import Order
@@ -203,7 +204,7 @@ class TextRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 progress.update(len(chunk))
         assert self.info.metadata is not None
         self.info.metadata["cut"] = cut
-        np.save(self.data_path / _LENGTHS, np.array(lengths, np.int32))
+        paths.write_array(Path(self.data_path / _LENGTHS), np.array(lengths, np.int32))
 
 
 def _config(builder: TextRecords) -> _Config:
