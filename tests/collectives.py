@@ -19,11 +19,14 @@ _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _BOUND = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
 _BYTES = {"bf16": 2, "f16": 2, "u16": 2, "s16": 2, "pred": 1, "s8": 1, "u8": 1}  # of a number; of other types 4
 _SOURCE = re.compile(r'op_name="([^"]*)"')
+_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = [^%]*[ )]([a-z-]+)\(([^)]*)\)")
+_FUSED = re.compile(r"\bcalls=%?([\w.-]+)")
 
 
 class Collective(NamedTuple):
     """arrays: the sizes of each array that it gives, on one device. loops: how many of the program's loops it is in.
-    source: the names that JAX gave to where it comes from. received: bytes that a device receives each time, its own part
+    source: the name that JAX gave to where it comes from, else those of what it sends: TPU's compiler makes of some
+    all-gathers all-reduces of zeros and a part, without a name. received: bytes that a device receives each time, its own part
     among them; an all-reduce counts twice, as a reduce-scatter and an all-gather. times: how often it runs in a step."""
 
     kind: str
@@ -37,6 +40,7 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """Every collective of a program; of one that begins and ends apart its beginning, which names what goes and what comes."""
     computation, callers, found, bounds = "", {}, [], {}
+    names: dict[str, dict[str, None]] = {}  # of an instruction, or of all in a computation, in their order
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             computation = head[1]
@@ -47,16 +51,22 @@ def collectives(text: str) -> list[Collective]:
             for name in (called or branches).split(", "):
                 within = condition[1] if condition and how == "body" else None
                 callers.setdefault(name.lstrip("%"), set()).add((computation, within))
+        if instruction := _INSTRUCTION.match(line):
+            name, kind, operands = instruction.groups()
+            own = _SOURCE.findall(line) if kind != "constant" else []
+            sent = [*re.findall(r"%([\w.-]+)", operands), *_FUSED.findall(line)] if kind != "constant" else []
+            names[name] = dict.fromkeys(own or (x for one in sent for x in names.get(one, ())))
+            names.setdefault(computation, {}).update(names[name])
         if sent := _COLLECTIVE.search(line):
             named = _ARRAY.findall(sent[1])
             arrays = tuple(tuple(map(int, filter(None, sizes.split(",")))) for _, sizes in named)
-            source = _SOURCE.search(line)
+            source = "; ".join(names[instruction[1]]) if instruction else ""
             comes = [(kind, size) for (kind, _), size in zip(named, arrays, strict=True) if size]
             if f"{sent[2]}-start(" in line and sent[2] != "all-reduce":
                 comes = comes[len(comes) // 2 :]
             of_numbers = sum(_BYTES.get(kind, 4) * math.prod(size) for kind, size in comes)
             twice = sent[2] == "all-reduce" and "all-reduce-scatter" not in computation
-            found.append((computation, sent[2], arrays, source[1] if source else "", of_numbers * (1 + twice)))
+            found.append((computation, sent[2], arrays, source, of_numbers * (1 + twice)))
 
     @functools.cache
     def loops(name: str) -> tuple[int, int]:

@@ -50,10 +50,19 @@ metadata={op_name="jit(step)/transpose(jvp())/while/body/while/body/dot_general"
   %while.1 = (f32[16,24,64]{2,1,0:T(8,128)}) while(%t), condition=%layer_condition, body=%layer
 }
 
+%fused (p: bf16[1,64,24,64]) -> bf16[1,64,24,64] {
+  %slice.1 = bf16[1,1,24,64]{3,2,0,1} dynamic-slice(%x), metadata={op_name="jit(step)/jvp(scores)/while/body/slice"}
+  ROOT %update.1 = bf16[1,64,24,64]{3,2,0,1} dynamic-update-slice(%p, %slice.1, %y)
+}
+
 ENTRY %main (p: f32[64,96]) -> f32[] {
   %all-gather-start.1 = (f32[8,96]{1,0}, f32[64,96]{1,0}) all-gather-start(%kernel), dimensions={0}
   %while.2 = (f32[16,24,64]{2,1,0}) while(%t), condition=%part_condition, body=%part
   %all-gather.2 = bf16[1,64,24,64]{3,2,0,1} all-gather(%v), metadata={op_name="jit(step)/jvp(scores)/while/body/squeeze"}
+  %none = bf16[] constant(0), metadata={op_name="jit(step)/zeros"}
+  %zeros = bf16[1,64,24,64]{3,2,0,1} broadcast(%none), dimensions={}
+  %own.1 = bf16[1,64,24,64]{3,2,0,1:T(8,128)(2,1)} fusion(%zeros, %at, %unnamed), kind=kLoop, calls=%fused
+  %all-reduce.4 = bf16[1,64,24,64]{3,2,0,1:T(8,128)(2,1)} all-reduce(%own.1), to_apply=%add
   %called = f32[] fusion(%x), kind=kCustom, calls=%all-reduce-scatter
 }
 
@@ -64,7 +73,7 @@ ENTRY %main (p: f32[64,96]) -> f32[] {
 
 
 def test_a_program_is_read():
-    reduced, exchanged, gathered, of_scores, scattered = found = collectives(TEXT)
+    reduced, exchanged, gathered, of_scores, unnamed, scattered = found = collectives(TEXT)
     name = "jit(step)/transpose(jvp())/while/body/while/body/dot_general"
     assert reduced == Collective("all-reduce", ((16, 24, 64), (64,)), 2, name, 8 * (16 * 24 * 64 + 64), 12)
     assert (exchanged.kind, exchanged.arrays, exchanged.loops, exchanged.times) == (
@@ -75,6 +84,8 @@ def test_a_program_is_read():
     )
     assert gathered == Collective("all-gather", ((8, 96), (64, 96)), 0, "", 4 * 64 * 96, 1)
     assert (of_scores.kind, of_scores.received) == ("all-gather", 2 * 64 * 24 * 64)
+    name = "jit(step)/jvp(scores)/while/body/slice"  # of what is in the fusion that makes what it sends
+    assert unnamed == Collective("all-reduce", ((1, 64, 24, 64),), 0, name, 2 * 2 * 64 * 24 * 64, 1)
     assert scattered == Collective("all-reduce", ((96, 64),), 0, "", 4 * 96 * 64, 1)
     assert activations(found, PARAMETERS, LEAST) == [reduced._replace(arrays=((16, 24, 64),)), exchanged]
     assert activations(found, PARAMETERS, 16 * 24 * 64 + 1) == []

@@ -131,9 +131,7 @@ def test_a_step_compiles_and_fits(stage, chip, devices, length, tpu_mesh, record
     # Kernels of attention come split into heads too.
     of_heads = (MODEL.num_attention_heads, MODEL.hidden_size // MODEL.num_attention_heads, MODEL.hidden_size)
     parameters = [of_heads, *(x.shape for x in jax.tree.leaves(params))]
-    # On 64 v5p libtpu makes all-gathers of the scores all-reduces of zeros and a part, whose names are lost: not told apart.
-    nameless = (stage, chip, devices) == ("unified", "v5p", 64)
-    for one in [] if nameless else activations(found, parameters, min(of_parts) * MODEL.hidden_size):
+    for one in activations(found, parameters, min(of_parts) * MODEL.hidden_size):
         arrays = [x for x in one.arrays if not any(n <= math.prod(x) <= 1.1 * n for n in of_batch)]
         if stage != "retromae" and not one.loops and sum(map(math.prod, arrays)) < min(of_parts) * MODEL.hidden_size:
             continue
