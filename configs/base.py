@@ -39,12 +39,14 @@ def get_config() -> ConfigDict:
     # feature `text`.
     config.data.train = ""
     config.data.same_dataset = True  # the rows of a batch are of one dataset; FlagEmbedding's script for M3
-    config.data.weights = ()  # of the datasets, in order: how often each row comes in a round of all; () is once
+    # Of the datasets, in order: how often each row comes in a round of all; () is once. Rows too few for a batch share those of
+    # another dataset, with the mean of their weights, and a warning says so.
+    config.data.weights = ()
     config.data.dev = ""  # a folder {corpus, test_queries, test_qrels}.jsonl, measured during training; "" is none
     # (in stage 1 held-out texts, as data.train)
     config.data.test = ""  # such folders, separated by commas, measured after training; "" is none
     # The share of the different queries of data.train that are held out with their rows, at most 1,000: they are measured
-    # before and after training, and as data.dev where none is given.
+    # before and after training, and as data.dev where none is given. Pairs of them the other way round are not trained either.
     config.data.held_out = 0.0
     config.data.folder = "runs/data"  # where tokenised rows are kept between runs
     config.query_max_length = 512  # tokens; PAPER §3

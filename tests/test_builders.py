@@ -126,6 +126,19 @@ def test_interrupted_preparation_is_not_taken_for_finished(prepared, tmp_path, m
     assert len(prepared()) == 4
 
 
+def test_two_runs_that_start_at_once_share_what_one_of_them_wrote(prepared, monkeypatch):
+    """As three seeds of a run on one data folder do."""
+    encode, meanwhile = builders._encode, []
+
+    def slowly(*given):
+        monkeypatch.undo()
+        meanwhile.append(prepared())
+        return encode(*given)
+
+    monkeypatch.setattr(builders, "_encode", slowly)
+    assert prepared().counts == meanwhile[0].counts and len(prepared()) == len(ROWS)
+
+
 def test_peer_2_10_texts_cut_are_counted_in_one_warning_every_time(prepared, tiny_tokenizer):
     """PEER §2.10: there they are cut silently."""
     queries, _ = tiny_tokenizer.encode([(r.get("prompt") or "") + r["query"] for r in ROWS])

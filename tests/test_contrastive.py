@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 import signal
 import weakref
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ pytest.importorskip("tensorflow_datasets", reason="training needs the train extr
 pytest.importorskip("optax", reason="training needs the train extra")
 
 import train.contrastive
+import train.evaluate
+import train.evaluation
 import train.loop
 import train.start
 from configs import dense
@@ -83,6 +86,37 @@ def test_dev_scores_of_the_weighted_sum_are_the_teacher_s(small_data, tmp_path, 
     )
     train.contrastive._dev_scores(small_config(small_data, tmp_path, objective=objective), None, None, None)
     assert taken["weights"] == {"all": weights, "dense+sparse": (*weights[:2], 0.0)} and not taken["baseline"]
+
+
+def test_colbert_as_the_only_teacher_leaves_dense_and_sparse_their_own_weights(small_data, tmp_path, capsys):
+    config = small_config(small_data, tmp_path, hybrid_weights=(0.0, 0.0, 1.0), evaluate_untrained=False)
+    train.contrastive.train(config)
+    assert len(scores(tmp_path)) == 2
+    shown = capsys.readouterr().out
+    assert f"step 2: dev/dense/ndcg_at_10 {scores(tmp_path)[0]['dev/dense/ndcg_at_10']:.3f}, " in shown
+
+
+def test_without_dense_colbert_ranks_all(small_data, tmp_path, monkeypatch):
+    """The dense head, which nothing trains, has no say in what colbert finds, nor has it in the command that is printed."""
+    ranked, rank = [], train.evaluation.rank
+
+    def ranking(task, *given, by, rerank, **more):
+        ranked.append((by, rerank == len(task.corpus)))
+        return rank(task, *given, by=by, rerank=rerank, **more)
+
+    monkeypatch.setattr(train.evaluation, "rank", ranking)
+    changes = {"functions": ("sparse", "colbert"), "distill_start": -1, "keep_best": "", "evaluate_untrained": False}
+    results = train.contrastive.train(small_config(small_data, tmp_path, **changes))
+    assert {*ranked} == {("sparse", True), ("colbert", True)}
+    (command,) = (line for line in results["commands"] if "train.evaluate" in line)
+    assert command.endswith(" --max_length 16 --query_max_length 8 --functions sparse colbert")
+    ranked.clear()
+    train.evaluate.main([*shlex.split(command)[3:], "--output", str(tmp_path / "again")])
+    assert {*ranked} == {("sparse", True), ("colbert", True)}
+    again = json.loads((tmp_path / "again" / "results.json").read_text())["scores"]
+    assert again == next(
+        one["scores"] for one in results["evaluations"] if one["name"] == results["evaluations"][1]["name"]
+    )
 
 
 class Enough(Exception):

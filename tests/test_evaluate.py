@@ -82,6 +82,8 @@ def test_the_program_takes_weights_or_chooses_them_elsewhere(tiny_model, task_fo
         (["--weights", "0,0,0"], "not all 0"),
         (["--weights", "1,1,1", "1,2,1"], "three once"),
         (["--weights", "1,1,1", "--choose_weights", "dev"], "not allowed with"),
+        (["--weights", "1,1,1", "--functions", "dense"], "all is not among --functions"),
+        (["--choose_weights", "dev", "--functions", "dense", "all"], "dense\\+sparse is not among --functions"),
     ],
 )
 def test_weights_that_mean_nothing_are_refused(given, message, capsys):

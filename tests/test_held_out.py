@@ -30,7 +30,7 @@ def test_no_query_that_is_measured_is_trained_and_no_row_is_lost(tmp_path):
     again = [row | {"pos": [f"another of {row['query']}"]} for row in twenty()]
     paths = [rows_file(tmp_path / "one.jsonl", twenty()), rows_file(tmp_path / "two" / "x.jsonl", again)]
     train, folder = hold_out([paths[0], tmp_path / "two"], tmp_path / "data", share=0.25, seed=0)
-    kept = [read(train[0]), read(train[1] / "x.jsonl")]
+    kept = [read(train[0]), read(train[1] / "rows.jsonl")]
     task = read_task(folder)
     assert len(task.queries) == 5 and [len(rows) for rows in kept] == [15, 15]
     trained = {row["query"] for rows in kept for row in rows}
@@ -43,6 +43,37 @@ def test_no_query_that_is_measured_is_trained_and_no_row_is_lost(tmp_path):
         assert {task.corpus[p] for p in task.qrels[id]} == {f"a pos {number}", f"another of a {number}"}
     every = {text for row in (*twenty(), *again) for text in (*row["pos"], *row["neg"])}
     assert {*task.corpus.values()} == every and len(task.corpus) == len(every)
+
+
+def test_files_of_a_folder_whose_names_differ_by_gz_alone_keep_their_rows(tmp_path):
+    rows_file(tmp_path / "rows" / "a.jsonl", twenty())
+    rows_file(tmp_path / "rows" / "a.jsonl.gz", twenty("b"))
+    (train,), folder = hold_out([tmp_path / "rows"], tmp_path / "data", share=0.05, seed=0)
+    held = {*read_task(folder).queries.values()}
+    assert len(held) == 2
+    assert read(train / "rows.jsonl") == [row for row in twenty() + twenty("b") if row["query"] not in held]
+
+
+def test_a_pair_the_other_way_round_is_not_trained(tmp_path):
+    """As parallel sentences come; of two rows for one query with other prompts, both are held out."""
+    pairs = [{"query": f"cat {n}", "pos": [f"chat {n}"]} for n in range(20)]
+    prompted = [row | {"prompt": "find: "} for row in pairs]
+    back = [{"query": row["pos"][0], "pos": ["le chat", row["query"]]} for row in pairs]
+    path = rows_file(tmp_path / "rows.jsonl", pairs + prompted + back)
+    for _ in range(2):  # each time, as what is left out is not seen in what it finds again
+        with pytest.warns(UserWarning) as caught:
+            (train,), folder = hold_out([path], tmp_path / "data", share=0.1, seed=0)
+        task = read_task(folder)
+        held = {text.removeprefix("find: ") for text in task.queries.values()}
+        assert len(held) == 4
+        cats = {text for text in held if text.startswith("cat")}
+        of = {text for row in pairs if {row["query"], row["pos"][0]} & held for text in (row["query"], row["pos"][0])}
+        assert len(task.queries) == 4 + len(cats) and {row["query"] for row in read(train)}.isdisjoint(of)
+        assert len(read(train)) == 60 - 3 * len(of) // 2
+        left_out = 60 - len(read(train)) - 2 * len(cats) - (4 - len(cats))
+        assert [str(w.message) for w in caught] == [
+            f"{left_out} rows are left out of training: they are pairs that are held out, the other way round."
+        ]
 
 
 def test_the_draw_depends_on_the_seed_and_on_nothing_else(tmp_path):

@@ -111,6 +111,7 @@ def test_a_model_to_go_on_with_is_float32_in_host_memory(tiny_tokenizer, tmp_pat
         ("frozen", ("encoder", "sparse", "colbert"), "frozen = .*, which leaves nothing to train"),
         ("accumulate", 0, "accumulate = 0, expected at least 1"),
         ("accumulate", 3, "steps = 10000, expected a multiple of accumulate = 3"),
+        ("seed", 2**32, "seed = 4294967296, expected from 0 to below"),
         ("sub_batch_tokens", -1, "sub_batch_tokens = -1, expected from 0 up"),
         ("remat", "none", r"remat = 'none', expected one of \('elements', "),
         ("dtype", "float16", r"dtype = 'float16', expected one of \('float32', 'bfloat16'\)"),
@@ -132,14 +133,54 @@ def test_settings_that_no_run_can_have(key, value, message):
         check(config)
 
 
-@pytest.mark.parametrize("key", ["functions", "frozen"])
-def test_a_rate_of_a_head_that_is_not_trained_is_refused(key):
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("colbert", "functions", ("dense", "sparse")),
+        ("colbert", "frozen", ("colbert",)),
+        ("encoder", "frozen", ("encoder",)),
+    ],
+)
+def test_a_rate_of_what_is_not_trained_is_refused(name, key, value):
     config = base.get_config()
-    config.learning_rate_scale.colbert = 2.0
+    config.learning_rate_scale[name] = 2.0
     check(config)
-    config[key] = {"functions": ("dense", "sparse"), "frozen": ("colbert",)}[key]
-    with pytest.raises(ValueError, match=r"learning_rate_scale.colbert = 2.0, but the colbert head is not trained"):
+    config[key] = value
+    with pytest.raises(ValueError, match=rf"learning_rate_scale.{name} = 2.0, but {name} is not trained"):
         check(config)
+
+
+def test_a_teacher_has_passages_to_tell_apart():
+    config = base.get_config()
+    config.update(teacher="group", group_size=2)
+    check(config)
+    config.group_size = 1
+    with pytest.raises(ValueError, match=r"teacher = 'group' with group_size = 1, .* expected group_size of 2 or more"):
+        check(config)
+
+
+def test_one_function_has_no_hybrid():
+    config = base.get_config()
+    config.update(functions=("dense",), distill_start=-1, keep_best="")
+    check(config)
+    config.hybrid_weights = (1.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"hybrid_weights = .* with dense alone, which has no hybrid; expected"):
+        check(config)
+
+
+def test_sizes_are_those_of_random_weights(tiny_tokenizer, tmp_path):
+    """Left at what base.py has, or given as the model has them, they say nothing; others would be passed over."""
+    model = M3Config.tiny(vocab_size=tiny_tokenizer.vocab_size)
+    m3jax.save(M3(model, init(model, jax.random.key(0)), tiny_tokenizer), tmp_path / "model")
+    config = base.get_config()
+    config.update(init_from=str(tmp_path / "model"), query_max_length=16, passage_max_length=16)
+    config.model.hidden_size = model.hidden_size
+    assert start_model(config).config == model
+    config.model.num_hidden_layers = 3
+    with pytest.raises(
+        ValueError, match=rf"num_hidden_layers = {model.num_hidden_layers}, got .*num_hidden_layers': 3"
+    ):
+        start_model(config)
 
 
 def test_weights_of_datasets_are_checked_before_rows_are_read(small_data, tmp_path):

@@ -5,6 +5,7 @@ Not here: the order of batches itself (test_order.py) and the run (e2e/test_trai
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -122,6 +123,18 @@ def test_rows_of_a_tfds_name(tmp_path):
         ValueError, match="tfds:fables: the features `query`, `pos` are read; the data set has text, year"
     ):
         rows_file("tfds:fables", tmp_path)
+
+
+def test_a_set_of_the_same_name_and_size_that_was_made_anew_is_another(tmp_path, monkeypatch):
+    first = rows_file("tfds:riddles", tmp_path)
+    shutil.rmtree(tmp_path / "riddles")
+    assert rows_file("tfds:riddles", tmp_path) == first  # the same content
+    shutil.rmtree(tmp_path / "riddles")
+    generate = Riddles._generate_examples
+    changed = lambda self: ((n, row | {"query": row["query"].upper()}) for n, row in generate(self))  # noqa: E731
+    monkeypatch.setattr(Riddles, "_generate_examples", changed)
+    again = rows_file("tfds:riddles", tmp_path)
+    assert again != first and json.loads(again.read_text().splitlines()[0])["query"] == "WHAT 0"
 
 
 def test_a_feature_that_is_no_text_is_refused(prepared):

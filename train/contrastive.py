@@ -21,6 +21,7 @@ import m3jax
 from m3jax.card import CARD
 from m3jax.config import M3Config
 from m3jax.model import M3
+from m3jax.retrieval import FUNCTIONS
 from train import Config
 from train.console import say
 from train.evaluation import Evaluation, evaluate
@@ -204,7 +205,9 @@ def _evaluate(
 def _dev_scores(config: Config, m3: M3, dev: Task, look: Callable[[], None]) -> dict[str, float]:
     # By the run's own weights: so the weighted sum is the teacher of self-distillation. Test sets are measured as search ranks.
     dense, sparse, colbert = hybrid_weights(config)
-    weights: dict[Hybrid, Weights] = {"dense+sparse": (dense, sparse, 0.0), "all": (dense, sparse, colbert)}
+    weights: dict[Hybrid, Weights] = {"all": (dense, sparse, colbert)}
+    if dense or sparse:  # where both are 0, it is ranked as search ranks
+        weights["dense+sparse"] = (dense, sparse, 0.0)
     scores = _evaluate(config, m3, dev, "dev", look, weights).scores
     return {f"dev/{function}/{metric}": value for function, of in scores.items() for metric, value in of.items()}
 
@@ -220,7 +223,13 @@ def _next_commands(config: Config, sizes: M3Config, run: Path, data: DataPaths) 
         f"python -c \"import m3jax; m = m3jax.load('{model}'); print({shown})\"",
     ]
     for folder in [*data.tests[-1:], *([data.dev] if data.dev else [])][:1]:
-        commands.append(f"python -m train.evaluate --model {quoted} --task custom --data {shlex.quote(str(folder))}")
+        # As the run measured it: another command would give other numbers, of heads too that are not trained.
+        lengths = f"--max_length {config.passage_max_length} --query_max_length {config.query_max_length}"
+        measured = measured_functions(config)
+        functions = "" if measured == FUNCTIONS else f" --functions {' '.join(measured)}"
+        commands.append(
+            f"python -m train.evaluate --model {quoted} --task custom --data {shlex.quote(str(folder))} {lengths}{functions}"
+        )
     if not config.init_from or config.heads == "init":  # an encoder without heads is no parent to merge with
         return [*commands, f"python -m convert from-pytorch {quoted} {shlex.quote(str(run / 'orbax'))}"]
     parent, merged = shlex.quote(config.init_from), shlex.quote(str(run / "merged"))

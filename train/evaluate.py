@@ -37,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="where results.json, results.md and the TREC runs go, a folder each"
     )
+    parser.add_argument(
+        "--functions",
+        nargs="+",
+        choices=FUNCTIONS,
+        default=list(FUNCTIONS),
+        help="what is measured (default: all five)",
+    )
     hybrid = parser.add_mutually_exclusive_group()
     hybrid.add_argument(
         "--weights",
@@ -56,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rerank",
         type=int,
-        default=RERANK,
-        help="passages of dense's ranking that colbert and all rank again (default: %(default)s, the paper's)",
+        help=f"passages of dense's ranking that colbert and all rank again (default: the paper's {RERANK}; without dense"
+        " among --functions all)",
     )
     parser.add_argument("--max_length", type=int, help="tokens of a passage (default: the model's positions)")
     parser.add_argument("--query_max_length", type=int, help="tokens of a query (default: the model's positions)")
@@ -65,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights: dict[Hybrid, Weights] = dict(flags.weights)
     if len(weights) < len(flags.weights):
         parser.error("--weights takes two numbers once, for dense+sparse, and three once, for all")
+    if unused := [by for by in ([*weights] or (HYBRIDS if flags.choose_weights else ())) if by not in flags.functions]:
+        parser.error(f"weights are those of dense+sparse and all; {', '.join(unused)} is not among --functions")
     try:
         # The data first: reading it takes seconds, encoding it may take hours.
         tasks = read_tasks(flags.data)
@@ -79,12 +88,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lengths = {"max_length": flags.max_length, "query_max_length": flags.query_max_length}
         m3 = m3jax.load(flags.model)
         if held_out:
-            weights = _chosen(m3, held_out, flags.rerank, **lengths)
+            weights = _chosen(m3, held_out, RERANK if flags.rerank is None else flags.rerank, **lengths)
         done = []
         for task in tasks:
             if done:
                 print()
-            done.append(evaluate(m3, task, weights=weights, rerank=flags.rerank, progress=True, **lengths))
+            done.append(
+                evaluate(
+                    m3,
+                    task,
+                    functions=flags.functions,
+                    weights=weights,
+                    rerank=flags.rerank,
+                    progress=True,
+                    **lengths,
+                )
+            )
             print(done[-1].to_markdown(), flush=True)
             if flags.output is not None:
                 done[-1].write(Path(flags.output) / task.name.replace("/", "-") if len(tasks) > 1 else flags.output)

@@ -105,7 +105,7 @@ def run_steps(
             if measure and first and _at(config.evaluate_every, first, config) and not saved.measured:
                 with preemption.at_once():
                     scores = measure(_model(m3, state))
-                log.write(first, scores)
+                _report(log, first, scores)
                 saved.add_scores(scores)
             for done, rows in enumerate(prefetch(batches, first, config.steps), first + 1):
                 batch = placed(rows, mesh)
@@ -123,7 +123,7 @@ def run_steps(
                     try:
                         with preemption.at_once():
                             scores = measure(_model(m3, state))
-                        log.write(done, scores)
+                        _report(log, done, scores)
                     except Stopped:  # the run that goes on measures it
                         stopping = True
                     clock.lap("evaluate")
@@ -149,6 +149,11 @@ def versions() -> dict[str, str]:
 def _at(every: int, done: int, config: Config) -> bool:
     """Whether something that happens `every` so many steps, and at the end, happens after `done` steps."""
     return done % every == 0 or done == config.steps
+
+
+def _report(log: Log, step: int, scores: dict[str, float]) -> None:
+    log.write(step, scores)
+    say(f"step {step:,}: {', '.join(f'{name} {score:.3f}' for name, score in scores.items())}")
 
 
 def _model(m3: M3, state: TrainState) -> M3:

@@ -169,4 +169,6 @@ def _postfix(values: Mapping[str, float]) -> str:
     # jit has put them into the order of the alphabet
     parts = dict.fromkeys([f"loss/{part}" for part in (*PARTS, "hybrid")] + [*values])
     shown += [f"{name[5:]}={values[name]:.3f}" for name in parts if name.startswith("loss/") and name in values]
+    shown += [f"{name}={value:.2g}" for name, value in values.items() if name.startswith("gradient_norm")]
+    shown += [f"{name}={value:.1f}" for name, value in values.items() if name.startswith("active_terms/")]
     return ", ".join(shown)

@@ -30,7 +30,8 @@ def check(config: Config) -> None:
             "log_every evaluate_every save_every keep_checkpoints group_size accumulate",
         ),
         ("above 0", lambda x: 0 < x < math.inf, "learning_rate clip temperature teacher_temperature adam_eps"),
-        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay seed sub_batch_tokens steps epochs"),
+        ("from 0 up", lambda x: 0 <= x < math.inf, "weight_decay sub_batch_tokens steps epochs"),
+        ("from 0 to below 2**32", lambda x: 0 <= x < 2**32, "seed"),  # jax.random.key drops what is above
         ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup shuffle_segments"),
         ("from 0 to below 1", lambda x: 0 <= x < 1, "dropout adam_b1 adam_b2 data.held_out"),
         ("a step, or -1 for never", lambda x: x >= -1, "distill_start"),
@@ -64,18 +65,27 @@ def check(config: Config) -> None:
         if not 0 < scale < math.inf
     ]
     wrong += [
-        f"learning_rate_scale.{name} = {scale}, but the {name} head is not trained; expected 1.0"
+        f"learning_rate_scale.{name} = {scale}, but {name} is not trained; expected 1.0"
         for name, scale in config.learning_rate_scale.items()
-        if name != "encoder" and scale != 1 and (name not in config.functions or name in config.frozen)
+        if scale != 1 and (name in config.frozen or name not in ("encoder", *config.functions))
     ]
     if config.teacher_temperature != 1 and not config.teacher:
         wrong.append(f"teacher_temperature = {config.teacher_temperature}, but no teacher is set; expected 1.0")
+    if config.teacher and config.group_size == 1:
+        wrong.append(
+            f"teacher = {config.teacher!r} with group_size = 1, but a teacher tells a row's passages apart; expected "
+            "group_size of 2 or more, or teacher = ''"
+        )
     if {"encoder", *({"sparse", "colbert"} & {*config.functions})} <= {*config.frozen}:
         wrong.append(f"frozen = {config.frozen}, which leaves nothing to train")
     if len(config.functions) == 1 and config.distill_start >= 0:
         wrong.append(
             f"distill_start = {config.distill_start} with {config.functions[0]} alone, which has no hybrid to learn from; "
             "expected -1"
+        )
+    if len(config.functions) == 1 and tuple(config.hybrid_weights):
+        wrong.append(
+            f"hybrid_weights = {config.hybrid_weights} with {config.functions[0]} alone, which has no hybrid; expected ()"
         )
     wrong += [
         f"matryoshka.{function} = {widths}, but {function} is not among functions"
@@ -99,7 +109,7 @@ def check(config: Config) -> None:
         if paths.is_url(value)
     ]
     trained = [PARTS.index(function) for function in config.functions if function in PARTS]
-    for key in ("loss_weights", "hybrid_weights")[: len(trained)]:  # one function has no hybrid
+    for key in ("loss_weights", "hybrid_weights"):
         if _three_from_0_or_none(config[key]) and config[key] and not any(config[key][place] for place in trained):
             wrong.append(f"{key} = {config[key]}, which is 0 for all of functions = {config.functions}")
     if config.stage != "retromae":

@@ -109,6 +109,16 @@ def start_model(config: Config, *, values: bool = True) -> M3:
                 f"{m3.config.colbert_dim}, got {config.model.colbert_dim}; leave it out, or shorten it with "
                 "matryoshka.colbert"
             )
+        ours, theirs = M3Config(), m3.config  # the sizes that configs/base.py has are those of M3Config
+        if wrong := {
+            name: size
+            for name, size in config.model.items()
+            if name != "colbert_dim" and size not in (getattr(ours, name), getattr(theirs, name))
+        }:
+            has = ", ".join(f"{name} = {getattr(theirs, name)}" for name in wrong)
+            raise ValueError(
+                f"config.model sizes random weights, but {config.init_from} has {has}, got {wrong}; leave it out"
+            )
     else:
         model, tokenizer = new_model(config)
         m3 = M3(model, init(model, jax.random.key(config.seed)) if values else shapes(model), tokenizer)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from m3jax import paths
 from m3jax.tokenization import Tokenizer
 from train.data.rows import Texts, check_files, files_of, own_group, parse
+from train.data.tfds_sets import make
 from train.files import read_lines
 
 _ROWS_PER_ENCODE = 256  # enough texts for every thread of `tokenizers`, few enough to hold
@@ -131,8 +132,9 @@ def prepare(
     - "only_1neg": one positive and one negative, whatever `group_size` is.
     - "symmetric_sts", "symmetric_clustering": as normal, but passages are of the same kind as the query: `prompt` is put
       before them too.
-    - "symmetric_class": one positive and up to `group_size` − 1 of the row's own negatives, never another row's positive,
-      which may be of the same class.
+    - "symmetric_class": one positive and up to `group_size` − 1 of the row's own negatives, which another row's positive never
+      stands in for. In the loss other rows' passages are its negatives all the same, as in FlagEmbedding, unless the dataset's
+      name ends as below: name it so where they may be of the same class.
 
     Rows of a dataset whose name ends in `no_in_batch_neg` (before `.jsonl`) are trained on their own group alone, in every
     part of the loss, so each needs a negative. FlagEmbedding also halves the batch of symmetric types, to save memory; here
@@ -152,7 +154,7 @@ def prepare(
         # TFDS prints that it downloads; what happens here has its own progress bar, on stderr.
         with contextlib.redirect_stdout(io.StringIO()):
             for builder in missing:
-                builder.download_and_prepare()
+                make(builder)
     # Made again: a builder reads what is known of its rows when it is made.
     source = RowSource(paths, [_builder(data_dir, config) for config in configs])
     _warn(source.counts, query_max_length, passage_max_length)

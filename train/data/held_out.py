@@ -4,18 +4,22 @@ Not here: what a row must be (rows.py), and how a folder is measured (tasks.py, 
 """
 
 import hashlib
+import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
 from train.data.rows import Texts, check_files, files_of, parse
-from train.files import read_lines, written_once
+from train.files import parse_object, read_lines, write_json, written_once
 from train.tasks import write_task
 
 # Enough for a mean to one or two hundredths, and few enough to be measured again and again during training.
 MOST_QUERIES = 1000
 MOST_PASSAGES = 10_000
+_VERSION = 2  # changes with what is drawn and how it is written
+_REVERSED = "reversed.json"  # how many rows
 
 
 def hold_out(
@@ -23,10 +27,12 @@ def hold_out(
 ) -> tuple[list[Path], Path]:
     """The rows of `paths` without those held out, a path for each, and the evaluation folder of these.
 
-    Held out are `share` of the different queries, at most MOST_QUERIES, with all their rows, so that none is trained.
-    Its passages are those of the rows held out, filled up with others of `paths` to MOST_PASSAGES; training may see them, as
-    passages of other queries. Which ones is drawn by `seed`. Prompts are before the queries, as in training. All of it is
-    written under `data_dir`, and found again by the files' names and contents, the share and the seed.
+    Held out are `share` of the different queries, whatever their prompts, at most MOST_QUERIES, with all their rows, so that
+    none is trained; nor is a pair of them the other way round, its positive the query, as parallel sentences often come: a
+    warning counts such rows. Its passages are those of the rows held out, filled up with others of `paths` to MOST_PASSAGES;
+    training may see them, as passages of other queries. Which ones is drawn by `seed`. Prompts are before the queries, as in
+    training. All of it is written under `data_dir`, the rows of a folder in one file, and found again by the files' names and
+    contents, the share and the seed.
 
     ValueError lists the first bad rows as path:line, and says where nothing would be left to train.
     """
@@ -36,7 +42,7 @@ def hold_out(
         Path(str(number), Path(os.path.abspath(path)).name.removesuffix(".gz")) for number, path in enumerate(paths)
     ]
     inside = [[str(file.relative_to(path)) for file in files] for path, files in zip(paths, datasets, strict=True)]
-    digest = hashlib.blake2b(repr((share, seed, names, inside)).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr((_VERSION, share, seed, names, inside)).encode(), digest_size=8)
     for path in (path for files in datasets for path in files):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
@@ -45,6 +51,11 @@ def hold_out(
         check_files([path for files in datasets for path in files])
         with written_once(whole) as partial:
             _write(datasets, [Path(path) for path in paths], names, partial, share, seed)
+    if reversed := json.loads((whole / _REVERSED).read_text(encoding="utf-8")):
+        warnings.warn(
+            f"{reversed} rows are left out of training: they are pairs that are held out, the other way round.",
+            stacklevel=2,
+        )
     return [whole / "train" / name for name in names], whole / "held-out"
 
 
@@ -52,38 +63,52 @@ def _write(
     datasets: list[list[Path]], paths: list[Path], names: list[Path], folder: Path, share: float, seed: int
 ) -> None:
     drawn = sorted(
-        {_drawn(parse(line).query, seed) for files in datasets for path in files for _, line in read_lines(path)}
+        {_drawn(_pairs(line)[0][0], seed) for files in datasets for path in files for _, line in read_lines(path)}
     )
     held = {*drawn[: min(MOST_QUERIES, max(1, round(share * len(drawn))))]}
+    held_pairs = {
+        pair
+        for files in datasets
+        for path in files
+        for _, line in read_lines(path)
+        for pair in _pairs(line)
+        if _drawn(pair[0], seed) in held
+    }
     rows: list[Texts] = []
     others: dict[bytes, str] = {}
+    reversed = 0
     for files, path, name in zip(datasets, paths, names, strict=True):
+        # A folder's rows in one file: a.jsonl and a.jsonl.gz may stand in it.
+        to = folder / "train" / name / "rows.jsonl" if path.is_dir() else folder / "train" / name
+        to.parent.mkdir(parents=True, exist_ok=True)
         left = 0
-        for file in files:
-            to = folder / "train" / name / file.relative_to(path) if path.is_dir() else folder / "train" / name
-            to = to.with_name(to.name.removesuffix(".gz"))
-            to.parent.mkdir(parents=True, exist_ok=True)
-            kept = 0
-            with to.open("wb") as out:
-                for _, line in read_lines(file):
-                    row = parse(line)
-                    if _drawn(row.query, seed) in held:
-                        rows.append(row)
-                        continue
-                    kept += 1
-                    out.write(line.rstrip(b"\r\n") + b"\n")
-                    others |= {_drawn(text, seed): text for text in (*row.positives, *row.negatives) if text.strip()}
-                    if len(others) > 2 * MOST_PASSAGES:
-                        others = _first(others)
-            left += kept
-            if not kept:
-                to.unlink()
+        with to.open("wb") as out:
+            for _, line in (row for file in files for row in read_lines(file)):
+                row, pairs = parse(line), _pairs(line)
+                if _drawn(pairs[0][0], seed) in held:
+                    rows.append(row)
+                    continue
+                if not held_pairs.isdisjoint((positive, query) for query, positive in pairs):
+                    reversed += 1
+                    continue
+                left += 1
+                out.write(line.rstrip(b"\r\n") + b"\n")
+                others |= {_drawn(text, seed): text for text in (*row.positives, *row.negatives) if text.strip()}
+                if len(others) > 2 * MOST_PASSAGES:
+                    others = _first(others)
         if not left:
             raise ValueError(
                 f"{path}: held_out = {share} leaves none of its rows to train; leave the file out, give more rows, or "
                 "set --config.data.held_out=0"
             )
+    write_json(folder / _REVERSED, reversed)
     _write_task(folder / "held-out", rows, _first(others).values())
+
+
+def _pairs(line: bytes) -> list[tuple[str, str]]:
+    """The query of a row that `parse` takes with each of its positives, without its prompt."""
+    row = parse_object(line)
+    return [(row["query"], positive) for positive in row["pos"]]
 
 
 def _write_task(folder: Path, rows: list[Texts], others: Iterable[str]) -> None:

@@ -121,7 +121,8 @@ def make_streams(
     """The streams of a source: a dataset's rows of one length group, or all of it where not `same_dataset`.
 
     Rows too few for a batch would have it hold a row twice. Those of a dataset share the batches of the dataset that has the
-    most in their length group; where all together are too few, they go with the next longer group. Warnings say both. Batches
+    most in their length group; where all together are too few, they go with the next longer group. Warnings say both, and what
+    becomes of weights that differ. Batches
     of one length group have one length of passages, whatever the dataset, so that the number of shapes does not grow with the
     number of datasets, and both padded lengths are multiples of `step`. `weights`: one number for each dataset, () is 1 for
     all; they need `same_dataset`; rows that share batches have their mean. ValueError for rows that no group takes, too few
@@ -150,9 +151,13 @@ def make_streams(
         few = np.flatnonzero((counts > 0) & (counts < group.batch_size) & (np.arange(len(datasets)) != most)).tolist()
         if few:
             named = ", ".join(f"{counts[d]} of {datasets[d].path}" for d in few)
+            instead = ""
+            if len(asked := sorted({weights[d] for d in (most, *few)})) > 1:
+                weight = _mean_weight(weights, counts, [most, *few])
+                instead = f" All of these come {weight:.3g} times a round, where their weights are {asked}."
             warnings.warn(
                 f"rows of up to {group.max_length} token ids that are too few for a batch of {group.batch_size} share those "
-                f"of {datasets[most].path}: {named}.",
+                f"of {datasets[most].path}: {named}.{instead}",
                 stacklevel=2,
             )
         stream_of = np.arange(len(datasets))
@@ -160,12 +165,18 @@ def make_streams(
         for stream in np.unique(stream_of[of]).tolist():
             sharing = np.flatnonzero(stream_of == stream).tolist()
             members = everyone[stream_of[of] == stream]
-            # In fractions: of one dataset it is the weight itself, which `order` takes as a decimal number.
-            weight = float(sum(Fraction(str(weights[d])) * int(counts[d]) for d in sharing) / len(members))
+            weight = _mean_weight(weights, counts, sharing)
             lengths = query_length, passage_length
             largest = int(sizes[members].max())
             streams.append(Stream(datasets[stream].path, group, members, largest, *lengths, weight, step))
     return streams
+
+
+def _mean_weight(weights: Sequence[float], counts: np.ndarray, datasets: Sequence[int]) -> float:
+    """Of the rows of these datasets, of which each has so many. In fractions: of one dataset it is the weight itself, which
+    `order` takes as a decimal number."""
+    rows = sum(int(counts[d]) for d in datasets)
+    return float(sum(Fraction(str(weights[d])) * int(counts[d]) for d in datasets) / rows)
 
 
 def shapes(source: Source, streams: Sequence[Stream]) -> set[Shape]:

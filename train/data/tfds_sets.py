@@ -27,7 +27,7 @@ def open_set(name: str, data_dir: Path, *required: str) -> tfds.core.DatasetBuil
             f"{name}: expected a data set of TFDS that is prepared under {data_dir} or that TFDS knows: {error}"
         ) from error
     if not builder.data_path.exists():
-        builder.download_and_prepare()
+        make(builder)
     features = _features(builder)
     if missing := [feature for feature in required if feature not in features]:
         raise ValueError(
@@ -38,9 +38,21 @@ def open_set(name: str, data_dir: Path, *required: str) -> tfds.core.DatasetBuil
 
 
 def digest_of(builder: tfds.core.DatasetBuilder) -> str:
-    """What the examples of a data set are known by."""
-    known = f"{builder.info.full_name} {builder.info.splits['train'].num_examples} {builder.data_path}"
-    return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
+    """What the examples of a data set are known by: its name and its files, as one of the same name may be made anew."""
+    digest = hashlib.blake2b(builder.info.full_name.encode(), digest_size=8)
+    for path in sorted(builder.info.splits["train"].filepaths):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def make(builder: tfds.core.DatasetBuilder) -> None:
+    """Write what the builder makes, unless another run does so first: two may start at once on one folder."""
+    try:
+        builder.download_and_prepare()
+    except OSError:  # TFDS renames what is whole, and takes away what is not
+        if not builder.data_path.exists():
+            raise
 
 
 def examples(
