@@ -23,6 +23,7 @@ MEASURES = {
     "distill/dense": 3.0,
     "active_terms/query": 4.0,
     "active_terms/passage": 9.0,
+    "gradient_norm/sparse": 0.25,
 }
 MEASURES = {"loss/colbert": 5.0} | MEASURES | {"tokens": 60.0, "places": 80.0, "flops": 500.0}
 
@@ -182,4 +183,5 @@ def test_the_bar(tmp_path, clock, capsys, monkeypatch):
     with metering(tmp_path) as meter:
         run_seven_steps(meter, clock)
     shown = capsys.readouterr().err
+    assert "colbert=5.000, gradient_norm/sparse=0.25, active_terms/passage=9.0, active_terms/query=4.0" in shown
     assert "7/100" in shown and "loss=2.000, 9 tokens/s, padding 25%, MFU 7%, dense=1.000, colbert=5.000" in shown

@@ -62,7 +62,8 @@ def test_what_was_gained_and_forgotten_is_seen(small_data, parent, tmp_path, cap
 
     encode, evaluate, merge, serve = results["commands"]
     assert all(command in shown for command in results["commands"])
-    assert shlex.split(evaluate)[-1] == str(small_data / "test") and encode.startswith("python -c")
+    data = ["--data", str(small_data / "test"), "--max_length", "16", "--query_max_length", "8"]
+    assert shlex.split(evaluate)[-6:] == data and encode.startswith("python -c")
     assert shlex.split(serve)[:3] == ["vllm", "serve", str(tmp_path / "model")]
     assert Path(shlex.split(serve)[-1]).is_file()  # the card, with the lines of the other servers
 

@@ -62,7 +62,7 @@ def test_bad_rows_end_a_run_before_it_starts(small_data, tmp_path, line, message
             {"encoder_mask": 0.15, "decoder_seen": 0.7},
             r"encoder_mask = 0\.15, which is of stage 1 alone; expected 0\.3; decoder_seen = 0\.7",
         ),
-        ({"seed": -1}, "seed = -1, expected from 0 up"),
+        ({"seed": -1}, "seed = -1, expected from 0 to below"),
         ({"checkpoints": "memory://run"}, "checkpoints = 'memory://run', expected a local folder or gs://…"),
         ({"keep_best": "dev/all/ndcg"}, "keep_best = 'dev/all/ndcg', expected '' or one of dev/dense/ndcg_at_10, "),
         ({"mesh.data": 3}, "mesh sizes must multiply to the number of devices"),
