@@ -132,6 +132,24 @@ def test_weights_and_rerank_reach_the_two_hybrid_functions(tiny_model, task_fold
             evaluate(tiny_model, task, functions=[function], rerank=2)
 
 
+@pytest.mark.parametrize(
+    ("functions", "expected"),
+    [(["colbert"], 3), (["sparse", "colbert"], 3), (["all"], 200), (["dense", "colbert"], 200), (None, 200)],
+)
+def test_colbert_ranks_all_where_dense_is_not_asked_for(tiny_model, task_folder, monkeypatch, functions, expected):
+    """A hybrid is of dense too: alone it has the ranking that it has beside the others."""
+    seen, search = set(), train.evaluation.search
+    monkeypatch.setattr(
+        train.evaluation,
+        "search",
+        lambda *given, rerank, **more: seen.add(rerank) or search(*given, rerank=rerank, **more),
+    )
+    task = read_task(task_folder)
+    assert len(task.corpus) == 3
+    evaluate(tiny_model, task, **({"functions": functions} if functions else {}))
+    assert seen == {expected}
+
+
 def test_bm25_sees_no_special_and_no_unknown_token(tiny_model):
     task = Task("unknown", {"p1": "fox☃", "p2": "fox"}, {"q": "☃"}, {"q": {"p1": 1}})
     assert evaluate(tiny_model, task, functions=["sparse"]).runs["bm25"] == {"q": {}}

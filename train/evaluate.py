@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rerank",
         type=int,
-        help=f"passages of dense's ranking that colbert and all rank again (default: the paper's {RERANK}; without dense"
-        " among --functions all)",
+        help=f"passages of dense's ranking that colbert and all rank again (default: the paper's {RERANK}; where"
+        " neither dense nor a hybrid is among --functions, all)",
     )
     parser.add_argument("--max_length", type=int, help="tokens of a passage (default: the model's positions)")
     parser.add_argument("--query_max_length", type=int, help="tokens of a query (default: the model's positions)")

@@ -136,7 +136,7 @@ def evaluate(
       functions: those of m3jax.search.
       weights: of dense, sparse and colbert in "dense+sparse" and "all"; search's own for one that is not named.
       rerank: how many of dense's passages colbert and all rank again; None is the paper's 200, and all of them where dense is
-        not among the functions, as its ranking may then be of a head that nobody trained.
+        not among the functions, alone or in a hybrid: its ranking may then be of a head that nobody trained.
       baseline: whether to measure BM25 too, on the terms that the model sees.
       max_length, query_max_length: tokens of passages and of queries; None is the model's positions.
       progress: show the progress of encode.
@@ -147,7 +147,7 @@ def evaluate(
     """
     weights = {by: (weights or {}).get(by, DEFAULT[by]) for by in HYBRIDS if by in functions}
     if rerank is None:
-        rerank = RERANK if "dense" in functions else len(task.corpus)
+        rerank = RERANK if {"dense", *HYBRIDS} & {*functions} else len(task.corpus)
     encoded = encode_task(m3, task, functions, max_length, query_max_length, progress, look)
     runs = {"bm25": bm25(task, encoded.query_terms, encoded.passage_terms)} if baseline else {}
     for function in functions:
