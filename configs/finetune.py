@@ -3,8 +3,8 @@
 `python -m train.main --config configs/finetune.py --config.init_from=BAAI/bge-m3 --config.data.train=rows.jsonl` is enough.
 Rows need no negatives. A twentieth of the queries is held out: the table at the end has their scores before and after, and if
 `--config.data.test=FOLDER` names a general set, what was forgotten of that. For long texts: `--config.passage_max_length=8192
-"--config.length_groups=((512, 32), (2048, 16), (8192, 8))"`. One GPU: as it is (not
-measured). Two CPU cores, a small model: RESULTS.md, "Fine-tuning".
+"--config.length_groups=((512, 32), (2048, 16), (8192, 8))"`. One GPU: as it is (not measured). Two CPU cores, a small model:
+RESULTS.md, "Fine-tuning".
 """
 
 from ml_collections import ConfigDict

@@ -15,8 +15,8 @@ from m3jax.kernels import cudnn, flash, splash
 
 # Rows up to this long are computed at once, longer ones head by head in blocks of queries and keys. Two CPU cores, 12 heads of
 # 64, float32, one row of 4096 and of 7936 tokens, microseconds a token in blocks of 2048 × 512, 1024 × 256, 512 × 512, 256 ×
-# all: 85, 97, 98, 103 and 168, 190, 209, 257; with the gradient, whose blocks keep [queries, l], 560, 318, 460, 439 and 747,
-# 635, 950, 742.
+# all, in turns (tests/benchmarks/layers.py): 84, 92, 92, 87 and 166, 173, 179, 172; with the gradient 410, 411, 453, 430 and
+# 701, 767, 758, 783. Blocks with a gradient keep [queries, l], so these are smaller.
 _WHOLE = 512
 _BLOCKS = (2048, 512)
 _GRADIENT_BLOCKS = (1024, 256)
@@ -77,8 +77,8 @@ def _chunked(q: Array, k: Array, v: Array, segments: Array) -> Array:
 
 @jax.custom_vjp
 def _blockwise(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """For long rows. Its own gradient, because that is faster in other blocks, and because a layer that is computed again need
-    not attend again: `KEPT` of xlm_roberta.py knows a result by custom_vjp."""
+    """For long rows. Its own gradient, because its blocks keep less where they are smaller, and because a layer that is computed
+    again need not attend again: `KEPT` of xlm_roberta.py knows a result by custom_vjp."""
     return _head_by_head(q, k, v, segments, _BLOCKS)
 
 

@@ -131,8 +131,11 @@ def test_a_set_of_the_same_name_and_size_that_was_made_anew_is_another(tmp_path,
     assert rows_file("tfds:riddles", tmp_path) == first  # the same content
     shutil.rmtree(tmp_path / "riddles")
     generate = Riddles._generate_examples
-    changed = lambda self: ((n, row | {"query": row["query"].upper()}) for n, row in generate(self))  # noqa: E731
-    monkeypatch.setattr(Riddles, "_generate_examples", changed)
+
+    def in_capitals(self):
+        return ((n, row | {"query": row["query"].upper()}) for n, row in generate(self))
+
+    monkeypatch.setattr(Riddles, "_generate_examples", in_capitals)
     again = rows_file("tfds:riddles", tmp_path)
     assert again != first and json.loads(again.read_text().splitlines()[0])["query"] == "WHAT 0"
 

@@ -1,10 +1,11 @@
 """What a layer costs on this machine, by tokens at once and length of rows, beside a matrix product.
 
-Run it as `python tests/benchmarks/layers.py [--width 768] [--dtype float32 bfloat16]` on an otherwise idle machine: it
-chose the sizes in encoding.py and attention.py. Twelve layers of weights of their own, as in a model, because one layer's
-weights alone would stay in the caches; microseconds a token and layer, the median of some seconds of runs. Products of
+Run it as `python tests/benchmarks/layers.py [--width 768] [--dtype float32 bfloat16] [--attention]` on an otherwise idle
+machine: it chose the sizes in encoding.py and attention.py. Twelve layers of weights of their own, as in a model, because one
+layer's weights alone would stay in the caches; microseconds a token and layer, the median of some seconds of runs. Products of
 [2048, width] × [width, 4 · width] run as long before and after. Then the layers alone, in three ways: one compiled layer
 that Python calls for each (what encode does), all in one program, and a loop in one program; with the seconds to compile.
+Then, or with --attention only, attention alone in blocks of other sizes, which take turns, as a machine's pace changes.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from m3jax.model import Params, cast, init
 from m3jax.xlm_roberta import Layer
 
 SECONDS = 3.0
+ROUNDS = 4  # of attention's forms, the first of which is not counted
 SHAPES = ((512, 64), (1024, 64), (2048, 64), (4096, 64), (1024, 128), (1024, 256), (1024, 512), (4096, 4096))
 BLOCKS = ((2048, 512), (1024, 256), (512, 512), (256, 8192))  # of queries and keys; the last is all of them
 
@@ -53,22 +55,32 @@ def product(width: int, dtype: str) -> str:
     return f"a matrix product: {2 * 2048 * width * 4 * width / median(multiply, x, y) / 1e9:.0f} GFLOP/s"
 
 
-def attending(blocks: tuple[int, int], length: int, heads: int, dtype: str) -> tuple[float, float]:
-    """Seconds of attention over one row in blocks of so many queries and keys, and of it with its gradient."""
+def attending(length: int, heads: int, dtype: str) -> dict[tuple[int, int], list[float]]:
+    """Seconds of attention over one row in each of BLOCKS, and of it with its gradient."""
     ours = attention._BLOCKS, attention._GRADIENT_BLOCKS
-    attention._BLOCKS = attention._GRADIENT_BLOCKS = blocks
     *qkv, direction = (jax.random.normal(jax.random.key(i), (1, length, heads, 64)).astype(dtype) for i in range(4))
     segments = jnp.ones((1, length), jnp.int32)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # a function each time, or jit takes the last
-        return attention.attention(q, k, v, segments)
+    def attend(*qkv: jax.Array) -> jax.Array:
+        return attention.attention(*qkv, segments)
 
-    def gradient(*qkv: jax.Array) -> Any:
-        return jax.vjp(attend, *qkv)[1](direction)
+    def with_gradient(*qkv: jax.Array) -> Any:
+        return attend(*qkv), jax.vjp(attend, *qkv)[1](direction)
 
-    found = median(jax.jit(attend), *qkv), median(jax.jit(lambda *qkv: (attend(*qkv), gradient(*qkv))), *qkv)
+    compiled: dict[tuple[int, int], list[Callable[..., object]]] = {}
+    for blocks in BLOCKS:
+        attention._BLOCKS = attention._GRADIENT_BLOCKS = blocks
+        jax.clear_caches()  # or jit takes what it traced with other sizes
+        compiled[blocks] = [jax.jit(run).lower(*qkv).compile() for run in (attend, with_gradient)]
     attention._BLOCKS, attention._GRADIENT_BLOCKS = ours
-    return found
+    taken: dict[tuple[int, int], list[list[float]]] = {blocks: [[], []] for blocks in BLOCKS}
+    for _ in range(ROUNDS):
+        for blocks, runs in compiled.items():
+            for run, times in zip(runs, taken[blocks], strict=True):
+                start = time.perf_counter()
+                jax.block_until_ready(run(*qkv))
+                times.append(time.perf_counter() - start)
+    return {blocks: [statistics.median(times[1:]) for times in both] for blocks, both in taken.items()}
 
 
 def ways(config: M3Config, params: Params, hidden: jax.Array) -> dict[str, tuple[Callable[..., jax.Array], Any]]:
@@ -97,6 +109,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--attention", action="store_true", help="attention alone, without the layers")
     given = parser.parse_args()
     config = M3Config(
         vocab_size=1000,
@@ -111,7 +124,7 @@ def main() -> None:
     for dtype in given.dtype:
         print(f"{dtype}, {product(given.width, dtype)}", flush=True)
         params = cast(drawn, dtype)
-        for tokens, length in SHAPES:
+        for tokens, length in () if given.attention else SHAPES:
             count = tokens // length
             (packing,) = pack([length] * count, batch_tokens=tokens)
             texts = [random.integers(4, 1000, length).astype(np.int32) for _ in range(count)]
@@ -122,7 +135,7 @@ def main() -> None:
                 f"  {count:>3} × {length:<4} {layer / tokens * 1e6:6.1f} us {flops / layer / 1e9:5.0f} GFLOP/s",
                 flush=True,
             )
-        for rows, length in ((16, 64), (4, 256), (1, 4096)):
+        for rows, length in () if given.attention else ((16, 64), (4, 256), (1, 4096)):
             hidden = jax.random.normal(jax.random.key(0), (rows, length, given.width))
             for name, (run, layers) in ways(config, params, hidden).items():
                 start = time.perf_counter()
@@ -134,8 +147,8 @@ def main() -> None:
                     f"  {rows:>3} × {length:<4} {layer / hidden[..., 0].size * 1e6:6.1f} us {name}, {compiled:.1f} s to compile"
                 )
         for length in (4096, 7936):
-            for blocks in BLOCKS:
-                taken = (took / length * 1e6 for took in attending(blocks, length, given.width // 64, dtype))
+            for blocks, both in attending(length, given.width // 64, dtype).items():
+                taken = (took / length * 1e6 for took in both)
                 said = "{:6.1f} us a token, {:6.1f} with its gradient".format(*taken)
                 print(f"  attention alone, {length}, blocks of {blocks[0]} × {blocks[1]}: {said}", flush=True)
         print(f"{dtype}, {product(given.width, dtype)}", flush=True)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from m3jax import paths
 from m3jax.tokenization import Tokenizer
 from train.data.rows import Texts, check_files, files_of, own_group, parse
-from train.data.tfds_sets import make
+from train.data.tfds_sets import prepare_once
 from train.files import read_lines
 
 _ROWS_PER_ENCODE = 256  # enough texts for every thread of `tokenizers`, few enough to hold
@@ -154,7 +154,7 @@ def prepare(
         # TFDS prints that it downloads; what happens here has its own progress bar, on stderr.
         with contextlib.redirect_stdout(io.StringIO()):
             for builder in missing:
-                make(builder)
+                prepare_once(builder)
     # Made again: a builder reads what is known of its rows when it is made.
     source = RowSource(paths, [_builder(data_dir, config) for config in configs])
     _warn(source.counts, query_max_length, passage_max_length)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from train.tasks import write_task
 MOST_QUERIES = 1000
 MOST_PASSAGES = 10_000
 _VERSION = 2  # changes with what is drawn and how it is written
-_REVERSED = "reversed.json"  # how many rows
+_BACKWARDS = "backwards.json"  # how many rows
 
 
 def hold_out(
@@ -51,9 +51,9 @@ def hold_out(
         check_files([path for files in datasets for path in files])
         with written_once(whole) as partial:
             _write(datasets, [Path(path) for path in paths], names, partial, share, seed)
-    if reversed := json.loads((whole / _REVERSED).read_text(encoding="utf-8")):
+    if backwards := json.loads((whole / _BACKWARDS).read_text(encoding="utf-8")):
         warnings.warn(
-            f"{reversed} rows are left out of training: they are pairs that are held out, the other way round.",
+            f"{backwards} rows are left out of training: they are pairs that are held out, the other way round.",
             stacklevel=2,
         )
     return [whole / "train" / name for name in names], whole / "held-out"
@@ -62,21 +62,15 @@ def hold_out(
 def _write(
     datasets: list[list[Path]], paths: list[Path], names: list[Path], folder: Path, share: float, seed: int
 ) -> None:
-    drawn = sorted(
-        {_drawn(_pairs(line)[0][0], seed) for files in datasets for path in files for _, line in read_lines(path)}
-    )
+    def pairs_of_all() -> Iterator[tuple[str, str]]:
+        return (pair for files in datasets for path in files for _, line in read_lines(path) for pair in _pairs(line))
+
+    drawn = sorted({_drawn(query, seed) for query, _ in pairs_of_all()})
     held = {*drawn[: min(MOST_QUERIES, max(1, round(share * len(drawn))))]}
-    held_pairs = {
-        pair
-        for files in datasets
-        for path in files
-        for _, line in read_lines(path)
-        for pair in _pairs(line)
-        if _drawn(pair[0], seed) in held
-    }
+    held_pairs = {(query, positive) for query, positive in pairs_of_all() if _drawn(query, seed) in held}
     rows: list[Texts] = []
     others: dict[bytes, str] = {}
-    reversed = 0
+    backwards = 0
     for files, path, name in zip(datasets, paths, names, strict=True):
         # A folder's rows in one file: a.jsonl and a.jsonl.gz may stand in it.
         to = folder / "train" / name / "rows.jsonl" if path.is_dir() else folder / "train" / name
@@ -89,7 +83,7 @@ def _write(
                     rows.append(row)
                     continue
                 if not held_pairs.isdisjoint((positive, query) for query, positive in pairs):
-                    reversed += 1
+                    backwards += 1
                     continue
                 left += 1
                 out.write(line.rstrip(b"\r\n") + b"\n")
@@ -101,7 +95,7 @@ def _write(
                 f"{path}: held_out = {share} leaves none of its rows to train; leave the file out, give more rows, or "
                 "set --config.data.held_out=0"
             )
-    write_json(folder / _REVERSED, reversed)
+    write_json(folder / _BACKWARDS, backwards)
     _write_task(folder / "held-out", rows, _first(others).values())
 
 

@@ -21,7 +21,7 @@ from m3jax.batching import bucket_length, pad
 from m3jax.tokenization import Tokenizer
 from train.data.order import Order
 from train.data.streams import LengthGroup, group_of_each
-from train.data.tfds_sets import PREFIX, digest_of, examples, make, open_set
+from train.data.tfds_sets import PREFIX, digest_of, examples, open_set, prepare_once
 from train.files import came, parse_object, read_lines
 
 _TEXTS_PER_ENCODE = 256
@@ -152,7 +152,7 @@ def prepare_texts(paths: Sequence[str], tokenizer: Tokenizer, *, data_dir: Path,
                 raise ValueError(f"{path}: holds no texts")
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):  # as in builders.prepare
-                make(builder)
+                prepare_once(builder)
             # Made again: a builder reads what is known of its texts when it is made.
             builder = TextRecords(data_dir=data_dir, config=config, file_format="array_record")
         builders.append(builder)

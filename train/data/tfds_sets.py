@@ -27,7 +27,7 @@ def open_set(name: str, data_dir: Path, *required: str) -> tfds.core.DatasetBuil
             f"{name}: expected a data set of TFDS that is prepared under {data_dir} or that TFDS knows: {error}"
         ) from error
     if not builder.data_path.exists():
-        make(builder)
+        prepare_once(builder)
     features = _features(builder)
     if missing := [feature for feature in required if feature not in features]:
         raise ValueError(
@@ -46,7 +46,7 @@ def digest_of(builder: tfds.core.DatasetBuilder) -> str:
     return digest.hexdigest()
 
 
-def make(builder: tfds.core.DatasetBuilder) -> None:
+def prepare_once(builder: tfds.core.DatasetBuilder) -> None:
     """Write what the builder makes, unless another run does so first: two may start at once on one folder."""
     try:
         builder.download_and_prepare()
