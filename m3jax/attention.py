@@ -77,8 +77,8 @@ def _chunked(q: Array, k: Array, v: Array, segments: Array) -> Array:
 
 @jax.custom_vjp
 def _blockwise(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """For long rows. Its own gradient, because its blocks keep less where they are smaller, and because a layer that is computed
-    again need not attend again: `KEPT` of xlm_roberta.py knows a result by custom_vjp."""
+    """For long rows. Its own gradient, because smaller blocks keep less, and because a layer that is computed again need
+    not attend again: `KEPT` of xlm_roberta.py knows a result by custom_vjp."""
     return _head_by_head(q, k, v, segments, _BLOCKS)
 
 
