@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax import shards
+from m3jax import paths, shards
+from m3jax.tokenization import utf8
 
 _STDIN = "-"
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         programs.add_parser("encode", help="texts to a directory of embeddings; goes on where it stopped")
     )
     of = programs.add_parser("inspect", help="what a directory of embeddings holds")
-    of.add_argument("path", type=Path, help="a directory that encode or m3jax.encode_to wrote, finished or not")
+    of.add_argument("path", help="a directory that encode or m3jax.encode_to wrote, finished or not")
     given = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -47,7 +48,7 @@ def _encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", help=f"texts, one a line, or JSONL {{'text', 'title'?}}; .gz is opened; {_STDIN} is stdin"
     )
-    parser.add_argument("output", type=Path, help="directory of the embeddings")
+    parser.add_argument("output", help="directory of the embeddings, on a file system")
     parser.add_argument(
         "--format",
         choices=["text", "jsonl"],
@@ -76,7 +77,7 @@ def _encode(given: argparse.Namespace) -> Iterator[str]:
 
     start = time.perf_counter()
     jsonl = given.input.removesuffix(".gz").endswith(".jsonl") if given.format is None else given.format == "jsonl"
-    texts = _rows(sys.stdin.buffer, "stdin", jsonl) if given.input == _STDIN else _File(Path(given.input), jsonl)
+    texts = _texts(given.input, jsonl)
     m3 = m3jax.load(given.model, revision=given.revision, dtype=given.dtype)
     embeddings = m3jax.encode_to(
         given.output,
@@ -96,7 +97,20 @@ def _encode(given: argparse.Namespace) -> Iterator[str]:
     yield f"{given.output}: {embeddings}, {time.perf_counter() - start:.1f} s"
 
 
-def _inspect(directory: Path) -> Iterator[str]:
+def _texts(source: str, jsonl: bool) -> Iterable[str]:
+    """The texts of stdin, or of a pipe (`<(zcat …)`), as they come; of a file as often as they are asked for."""
+    path = Path(source)
+    if source == _STDIN:
+        return _rows(sys.stdin.buffer, "stdin", jsonl)
+    if path.exists() and not path.is_file():
+        return _rows(_lines(path), source, jsonl)
+    return _File(path, jsonl)
+
+
+def _inspect(path: str) -> Iterator[str]:
+    if paths.is_url(path):
+        raise ValueError(f"{path}: embeddings are on a file system; copy the directory to a disk first")
+    directory = Path(path)
     settings = shards.read_settings(directory)
     if settings is None:
         raise ValueError(
@@ -130,7 +144,7 @@ class _File(Sequence[str]):
 
     def __init__(self, path: Path, jsonl: bool):
         self._path, self._jsonl = path, jsonl
-        self._count = sum(1 for line in _lines(path) if not jsonl or line.strip())
+        self._count = sum(1 for _ in self)  # and what is wrong with one is told before the model is loaded
 
     def __len__(self) -> int:
         return self._count
@@ -174,7 +188,9 @@ def _text_of(line: str, place: str) -> str:
         raise ValueError(f"{place}: must be one JSON object; {why}") from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not isinstance(row.get("title", ""), str):
         raise ValueError(f'{place}: must be {{"text": str}}, with "title": str if you like; {line:.80} came')
-    return f"{row.get('title', '')} {row['text']}".strip()
+    text = f"{row.get('title', '')} {row['text']}".strip()
+    utf8(text, f"{place}: text")  # JSON may spell half of a surrogate pair
+    return text
 
 
 if __name__ == "__main__":

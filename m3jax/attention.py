@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.kernels import cudnn, flash, splash
+from m3jax.sharding import platform
 
 # Rows up to this long are computed at once, longer ones head by head in blocks of queries and keys. Two CPU cores, 12 heads of
 # 64, float32, one row of 4096 and of 7936 tokens, microseconds a token in blocks of 2048 × 512, 1024 × 256, 512 × 512, 256 ×
@@ -48,14 +49,6 @@ def attention(
         if q.shape[1] % 64 == 0:
             return flash(q, k, v, segments)
     return _chunked(q, k, v, segments)
-
-
-def platform() -> str:
-    """What the program in hand is for: the platform of the mesh in context, whose devices this host need not have (a program
-    can be compiled for another machine), else that of the default device."""
-    config: Any = jax.config  # its attributes have no types
-    device = jax.sharding.get_abstract_mesh().abstract_device or config.jax_default_device
-    return getattr(device, "platform", device) or jax.default_backend()
 
 
 @functools.cache

@@ -103,25 +103,25 @@ def encode_to(
         batch_tokens=batch_tokens,
     )
     hidden = bar_hidden(progress)
+    count = _length(texts)
+    again = count is not None and hasattr(texts, "__getitem__")  # what has a length alone may be tqdm of a generator
+    for row, text in enumerate(texts if again else ()):  # of an iterator when its turn comes
+        utf8(text, f"encode_to: text {row}")
     directory = Path(directory)
     settings = provenance.settings(m3, plan, colbert_dtype, shard_texts)
-    _make(directory)
-    _check_settings(directory, settings)
-
+    _make(directory, settings)
     done = shards.there(directory)
     finished = (directory / shards.FINISHED).is_file()
     if finished:
         shards.open_embeddings(directory)  # refuses one that has lost shards
-    count = _length(texts)
     most = COLBERT_BYTES // (4 * (plan.asked.width or m3.config.colbert_dim)) if colbert else None
     groups = _groups(
         texts, count, shard_texts, lambda text: min(len(instruction) + len(text) + 2, plan.max_length), most
     )
     first = next(groups)
     if not finished:
-        # Over all texts, as a file's first may be of another kind than its last, but only of what has places and so can be read
-        # once more: what has a length alone, as tqdm of a generator, would be without the texts that are read here.
-        all_of_them = texts if count and hasattr(texts, "__getitem__") else first.texts
+        # Over all texts, where they can be read once more, as a file's first may be of another kind than its last.
+        all_of_them = texts if again else first.texts
         sample = [*islice(all_of_them, 0, None, (count or len(first.texts)) // SAMPLE + 1)]
         sizes = room.bytes_a_text(m3, sample, plan, colbert_dtype)
         came = sum(shards.read_record(directory, index)["texts"] for index in done)
@@ -179,21 +179,23 @@ def _length(texts: Iterable[str]) -> int | None:
         return None
 
 
-def _make(directory: Path) -> None:
-    """Make the directory where it is not there, and refuse what encode_to did not begin."""
+def _make(directory: Path, settings: dict[str, Any]) -> None:
+    """Make the directory where it is not there, and refuse what encode_to did not begin, or began with other settings."""
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         # A kill before settings.json leaves at most its partial file.
-        other = sorted(path.name for path in directory.iterdir() if not path.name.startswith("partial-"))
+        other = sorted(path.name for path in directory.iterdir() if not path.name.startswith(shards.PARTIAL))
         if other and shards.read_settings(directory) is None:
             raise ValueError(
                 f"{directory}: expected an empty directory or one that encode_to began, found {other[0]}; give another "
                 "directory"
             )
-        shards.clear(directory)  # now, as it takes room on the disk
     multihost_utils.sync_global_devices("m3jax.encode_to: the directory is there")
     if not directory.is_dir():
         raise ValueError(f"{directory}: process {jax.process_index()} does not see it; give a directory that all share")
+    _check_settings(directory, settings)
+    if jax.process_index() == 0:
+        shards.clear(directory)  # now, as it takes room on the disk; none writes before `_begin`
 
 
 def _begin(directory: Path, settings: dict[str, Any]) -> None:

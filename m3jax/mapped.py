@@ -91,7 +91,8 @@ def _map(path: Path) -> np.ndarray:
 
 def _damaged(path: Path, why: object) -> ValueError:
     return ValueError(
-        f"{path}: expected the array that encode_to wrote ({why}); copy the directory again, or encode again"
+        f"{path}: expected the array that encode_to wrote ({why}); copy the directory again, or remove {path.parent.name} and "
+        "finished.json, if it is there: the same call of encode_to then makes that shard anew"
     )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.losses import PARTS
 from m3jax.representations import Representations
-from m3jax.sharding import BATCH, STACKED, batch_groups, constrain
+from m3jax.sharding import BATCH, STACKED, batch_groups, constrain, platform
 
 # Elements of a passage block's largest array (colbert's [block, j, q, i]), 16 MiB in float32; where one passage has more of
 # them, colbert goes through its tokens in parts.
@@ -161,9 +161,22 @@ def _colbert_backward(kept, gradient):
         to_queries, to_passages = jax.lax.scan(part, to_queries, blocks.token_parts(vectors, mask))
         return to_queries, constrain(blocks.whole(to_passages, mask.shape[1]), BATCH)
 
-    given = (*map(blocks.split, (passages, passage_mask)), nearest, blocks.split(gradient.T, _BY_QUERY))
+    def block_in_place(sums, one):
+        to_queries, stacked = sums
+        number, *rest = one
+        to_queries, to_passages = block(to_queries, (stacked[number], *rest))
+        return (to_queries, constrain(stacked.at[number].set(to_passages), STACKED)), None
+
     nothing = constrain(jnp.zeros(queries.shape, jnp.float32), BATCH)
-    to_queries, to_passages = jax.lax.scan(block, nothing, given)
+    stacked = blocks.split(passages)
+    given = blocks.split(passage_mask), nearest, blocks.split(gradient.T, _BY_QUERY)
+    if platform() == "tpu":
+        # A block's gradient takes the place of its vectors, which nothing needs any more. XLA would hold three such arrays: the
+        # zeros in which the forward pass stacks, as those of the backward pass too. On CPU it copies all blocks for each block.
+        numbers = jnp.arange(len(stacked))
+        (to_queries, to_passages), _ = jax.lax.scan(block_in_place, (nothing, stacked), (numbers, *given))
+    else:
+        to_queries, to_passages = jax.lax.scan(block, nothing, (stacked, *given))
     return to_queries.astype(queries.dtype), None, blocks.join(to_passages), None
 
 

@@ -67,6 +67,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform() -> str:
+    """What the program in hand is for: the platform of the mesh in context, whose devices this host need not have (a program
+    can be compiled for another machine), else that of the default device."""
+    config: Any = jax.config  # its attributes have no types
+    device = jax.sharding.get_abstract_mesh().abstract_device or config.jax_default_device
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
 def batch_groups() -> int:
     """Over how many groups of devices the mesh in context splits the rows of a batch; 1 without a mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape

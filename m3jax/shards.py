@@ -19,6 +19,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,7 @@ COLBERT_DTYPES: tuple[ColbertDtype, ...] = get_args(ColbertDtype)
 
 FORMAT = "m3jax embeddings 1"
 SETTINGS, FINISHED, SHARD = "settings.json", "finished.json", "shard.json"
+PARTIAL = ".m3jax-partial-"  # begins the name of what is being written
 
 
 def open_embeddings(directory: str | Path) -> Embeddings:
@@ -62,7 +64,10 @@ def open_embeddings(directory: str | Path) -> Embeddings:
             f"{directory}: the embeddings are not finished: {count} shards are there; call encode_to again with the same "
             "texts and settings, and it goes on from there"
         )
-    finished = read_finished(directory)
+    return _mapped(directory, read_finished(directory))
+
+
+def _mapped(directory: Path, finished: dict[str, Any]) -> Embeddings:
     counts, parts = finished["shards"], finished["parts"]
     missing = sorted(set(range(len(counts))) - there(directory))
     if missing:
@@ -97,8 +102,8 @@ def write_shard(
     colbert_dtype: ColbertDtype,
     go_on: Callable[[], None] = lambda: None,
     **record: Any,
-) -> dict[str, Any]:
-    """Write the shard of these rows and return its record, which `record` is added to. It appears whole or not at all.
+) -> None:
+    """Write the shard of these rows, and `record` into its shard.json. It appears whole or not at all.
 
     go_on: called between its files and before it appears; an error that it raises ends the writing. Raises ValueError where
     the disk has too little room, or the shard is there already.
@@ -115,7 +120,7 @@ def write_shard(
     for part, about in parts.items():
         about["bytes"] = sum(array.nbytes for name, array in arrays.items() if name.partition("_")[0] == part)
     record = {"texts": len(rows), "parts": parts, **record}
-    partial = directory / f"partial-{index:08d}-{uuid.uuid4().hex[:8]}"
+    partial = _partial(directory)
     partial.mkdir()
     try:
         for name, array in arrays.items():
@@ -137,7 +142,6 @@ def write_shard(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return record
 
 
 def free(directory: Path) -> int:
@@ -174,18 +178,24 @@ def read_settings(directory: Path) -> dict[str, Any] | None:
     return _read_json(directory / SETTINGS, model=dict)
 
 
-def finish(directory: Path, **record: Any) -> None:
-    """Write finished.json from the records of shards 0, 1, …, all of which must be there."""
-    write_json(directory / FINISHED, summary(directory) | record)
+def finish(directory: Path) -> None:
+    """Write finished.json from the records of shards 0, 1, …; ValueError where one of them or an array of theirs is missing."""
+    finished = summary(directory)
+    _mapped(directory, finished)
+    write_json(directory / FINISHED, finished)
 
 
 def clear(directory: Path) -> None:
     """Remove what a kill left half written."""
-    for left in directory.glob("partial-*"):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)  # of a shard
+    for left in directory.glob(f"{PARTIAL}*"):
+        aside = _partial(directory)
+        # Taken away whole: a call that is still writing there is told, and renames no shard into place that lacks arrays.
+        with suppress(FileNotFoundError):
+            left.rename(aside)
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)  # of a shard
         else:
-            left.unlink(missing_ok=True)  # of a JSON file
+            aside.unlink(missing_ok=True)  # of a JSON file
 
 
 def summary(directory: Path) -> dict[str, Any]:
@@ -217,7 +227,7 @@ def _read_json(path: Path, **kinds: type) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object aside and rename it into place."""
-    partial = path.with_name(f"partial-{path.name}-{uuid.uuid4().hex[:8]}")
+    partial = _partial(path.parent)
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -258,6 +268,10 @@ def _arrays(rows: Embeddings, colbert_dtype: ColbertDtype) -> tuple[dict[str, np
             arrays["colbert_scales"] = scales
         parts["colbert"] = {"width": width, "dtype": colbert_dtype, "vectors": len(stored)}
     return arrays, parts
+
+
+def _partial(directory: Path) -> Path:
+    return directory / f"{PARTIAL}{uuid.uuid4().hex}"
 
 
 def _name(index: int) -> str:

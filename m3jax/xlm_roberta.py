@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from m3jax.attention import attention, platform
+from m3jax.attention import attention
 from m3jax.config import M3Config
-from m3jax.sharding import BATCH, LOOKED_UP, constrain
+from m3jax.sharding import BATCH, LOOKED_UP, constrain, platform
 
 # What the backward pass computes again of a layer: what goes element by element, all but the products with weights (attention
 # too), or all. To keep everything is no choice: a GELU alone would keep three float32 arrays of four times the width, for which

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import m3jax
-from m3jax import corpus, shards
+from m3jax import corpus, paths, shards
 from tests.real_processes import free_address
 from tests.small_corpus import SMALL, TEXTS, files, raising, small_model, stopped
 
@@ -40,13 +40,13 @@ def test_it_goes_on_where_it_was_stopped(m3, tmp_path, whole, after, monkeypatch
     directory = stopped(m3, tmp_path / "x", after)
     # A shard is encoded when the text after it is known.
     assert shards.there(directory) == set(range((after - 1) // 5 if after else 0)) and not list(
-        directory.glob("partial-*")
+        directory.glob(f"{shards.PARTIAL}*")
     )
     if after:
         with pytest.raises(ValueError, match="not finished" if after > 5 else "no settings.json"):
             m3jax.open_embeddings(directory)
     encoded = watch_run(monkeypatch)
-    (directory / "partial-00000001-of-a-killed-run").mkdir(parents=True)
+    (directory / f"{shards.PARTIAL}of-a-killed-run").mkdir(parents=True)
     m3jax.encode_to(directory, m3, (text for text in TEXTS), **SMALL)
     assert files(directory) == whole
     assert encoded == TEXTS[max(0, after - 1) // 5 * 5 :]
@@ -114,7 +114,7 @@ def test_killed_and_called_again_it_is_the_same_bit_for_bit(m3, tmp_path):
 
 def test_a_kill_before_the_settings_are_there(m3, tmp_path, whole):
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "partial-settings.json-0").write_text("{")
+    (tmp_path / "x" / f"{shards.PARTIAL}0").write_text("{")
     m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
     assert files(tmp_path / "x") == whole
 
@@ -199,9 +199,59 @@ def test_what_a_kill_left_half_written_goes_at_once(m3, tmp_path):
     """Not in the end: it takes room on the disk."""
     for _ in range(2):
         stopped(m3, tmp_path / "x", 10)
-        assert not list((tmp_path / "x").glob("partial-*"))
-        (tmp_path / "x" / "partial-00000002-deadbeef").mkdir()
-        (tmp_path / "x" / "partial-settings.json-deadbeef").touch()
+        assert not list((tmp_path / "x").glob(f"{shards.PARTIAL}*"))
+        (tmp_path / "x" / f"{shards.PARTIAL}deadbeef").mkdir()
+        (tmp_path / "x" / f"{shards.PARTIAL}beefdead").touch()
+
+
+def test_a_refused_call_leaves_what_another_is_writing(m3, tmp_path):
+    stopped(m3, tmp_path / "x", 10)
+    (tmp_path / "x" / f"{shards.PARTIAL}0").mkdir()
+    with pytest.raises(ValueError, match="was encoded with instruction"):
+        m3jax.encode_to(tmp_path / "x", m3, TEXTS, instruction="q: ", **SMALL)
+    assert (tmp_path / "x" / f"{shards.PARTIAL}0").is_dir()
+
+
+def test_who_writes_what_another_call_clears_away_is_told(m3, tmp_path, monkeypatch):
+    """And no shard appears that lacks what was written before: the folder goes away whole."""
+    write, written = paths.write_array, []
+
+    def slowly(path, array):
+        write(path, array)
+        written.append(path.name)
+        if len(written) == 2:
+            shards.clear(tmp_path / "x")
+
+    monkeypatch.setattr(paths, "write_array", slowly)
+    with pytest.raises(ValueError, match=r"shard-00000000 cannot be written .* does another run write here"):
+        m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    assert not shards.there(tmp_path / "x")
+
+
+def test_a_shard_that_lost_an_array_is_not_taken_for_finished(m3, tmp_path, whole):
+    stopped(m3, tmp_path / "x", 12)
+    (tmp_path / "x" / "shard-00000001" / "dense.npy").unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"dense.npy: .* remove shard-00000001"):
+            m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+        assert not (tmp_path / "x" / shards.FINISHED).exists()
+    shutil.rmtree(tmp_path / "x" / "shard-00000001")
+    m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
+    assert files(tmp_path / "x") == whole
+
+
+def test_files_that_only_look_like_ours_stay(m3, tmp_path):
+    (tmp_path / "partial-notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"expected an empty directory .* found partial-notes.txt"):
+        m3jax.encode_to(tmp_path, m3, TEXTS, **SMALL)
+    assert (tmp_path / "partial-notes.txt").read_text() == "mine"
+
+
+def test_a_list_is_looked_through_before_anything_is_written(m3, tmp_path):
+    for bad, message in ((3, "text 23 must be a str"), ("a \ud800", "text 23 is not valid Unicode")):
+        with pytest.raises(ValueError, match=message):
+            m3jax.encode_to(tmp_path / "x", m3, [*TEXTS, bad], **SMALL)
+        assert not (tmp_path / "x").exists()
 
 
 def test_a_full_disk_leaves_what_can_go_on(m3, tmp_path, whole, monkeypatch):
@@ -218,7 +268,7 @@ def test_a_full_disk_leaves_what_can_go_on(m3, tmp_path, whole, monkeypatch):
         ValueError, match=r"shard-00000002 takes [\d,]+ bytes, .* make room .* \(.*No space left on device"
     ):
         m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
-    assert shards.there(tmp_path / "x") == {0, 1} and not list((tmp_path / "x").glob("partial-*"))
+    assert shards.there(tmp_path / "x") == {0, 1} and not list((tmp_path / "x").glob(f"{shards.PARTIAL}*"))
     monkeypatch.undo()
     m3jax.encode_to(tmp_path / "x", m3, TEXTS, **SMALL)
     assert files(tmp_path / "x") == whole
@@ -233,7 +283,7 @@ soon = {} if mode in ("apart", "together") else {"heartbeat_timeout_seconds": 10
 jax.distributed.initialize(address, num_processes=2, process_id=int(number), **soon)
 import numpy as np
 import m3jax
-from m3jax import corpus, shards
+from m3jax import corpus, paths, shards
 from m3jax.sharding import make_mesh
 m3 = m3jax.load(model)
 texts = Path(texts).read_text().split("\\n")

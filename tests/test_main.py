@@ -3,12 +3,14 @@
 import gzip
 import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import jax
 import numpy as np
@@ -49,6 +51,11 @@ INPUTS = {
     "text of Windows": ("texts", "".join(f"{text}\r\n" for text in TEXTS).encode("utf-8-sig"), []),
     "JSONL": ("texts.jsonl", rows(TEXTS), []),
     "JSONL, blank lines": ("texts.jsonl", rows(TEXTS).replace(b"\n", b"\n \n\n"), []),
+    "JSONL, lines of other blanks": (
+        "texts.jsonl",
+        b"\xef\xbb\xbf\n" + rows(TEXTS).replace(b"\n", b"\n\xe3\x80\x80\n"),
+        [],
+    ),
     "JSONL by another name": ("texts", rows(TEXTS), ["--format", "jsonl"]),
     "gzip": ("texts.txt.gz", gzip.compress("\n".join(TEXTS).encode(), mtime=0), []),
     "JSONL in gzip": ("texts.jsonl.gz", gzip.compress(rows(TEXTS), mtime=0), []),
@@ -125,7 +132,7 @@ def test_every_option_reaches_encode_to(model, tmp_path, monkeypatch):
         ("x.jsonl", b'{"id": 1}', "x.jsonl:1: must be"),
         ("x.jsonl", b'{"text": 1}', "x.jsonl:1: must be"),
         ("x.jsonl", b'{"text": "a", "title": 1}', "x.jsonl:1: must be"),
-        ("x.jsonl", rb'{"text": "\ud800"}', "text 0 is not valid Unicode"),
+        ("x.jsonl", b'{"text": "a"}\n\n{"text": "\\ud800"}', "x.jsonl:3: text is not valid Unicode"),
         ("x.txt.gz", b"a", "x.txt.gz: not a whole gzip file"),
         ("x.txt.gz", gzip.compress(b"a" * 99, mtime=0)[:-9], "x.txt.gz: not a whole gzip file"),
     ],
@@ -174,6 +181,26 @@ def test_inspect(m3, model, tmp_path, capsys):
     for path in (tmp_path, tmp_path / "none", Path(model)):
         with pytest.raises(SystemExit, match=f"error: {path}: expected a directory that m3jax.encode_to wrote"):
             program.main(["inspect", str(path)])
+
+
+@pytest.mark.parametrize("jsonl", [False, True])
+def test_a_pipe_is_read_once(model, tmp_path, capsys, jsonl):
+    pipe = tmp_path / ("x.jsonl" if jsonl else "x")
+    os.mkfifo(pipe)
+    content = rows(TEXTS) if jsonl else "\n".join(TEXTS).encode()
+    Thread(target=pipe.write_bytes, args=(content,), daemon=True).start()
+    program.main(["encode", model, str(pipe), str(tmp_path / "out")])
+    assert "how many come is not known" in capsys.readouterr().err
+    assert len(m3jax.open_embeddings(tmp_path / "out")) == len(TEXTS)
+
+
+def test_object_stores_are_refused(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("a")
+    for arguments in (["encode", model, "x", "gs://bucket/out"], ["inspect", "gs://bucket/out"]):
+        with pytest.raises(SystemExit, match=r"error: .*gs://bucket/out.* copy"):
+            program.main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_warnings_are_one_line(model, tmp_path, capsys):

@@ -270,6 +270,26 @@ def test_colbert_gradients_in_halves_are_the_exact_ones_rounded_once():
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("elements", [1 << 22, 1500, 100], ids=["one block", "blocks", "parts of a passage"])
+def test_tpus_write_the_gradient_over_the_vectors(elements, monkeypatch):
+    queries, passages = jax.tree.map(jnp.asarray, both(20))
+    monkeypatch.setattr(m3jax.scores, "_BLOCK_ELEMENTS", elements)
+
+    def gradients():
+        def total(q, p):
+            return (colbert_scores(q, queries.colbert_mask, p, passages.colbert_mask) ** 2).sum()
+
+        step = jax.jit(jax.grad(total, (0, 1)))
+        return step(queries.colbert, passages.colbert), str(jax.make_jaxpr(step)(queries.colbert, passages.colbert))
+
+    elsewhere, jaxpr = gradients()
+    monkeypatch.setattr(m3jax.scores, "platform", lambda: "tpu")
+    in_place, other = gradients()
+    assert "scatter" in other and "scatter" not in jaxpr
+    for a, b in zip(in_place, elsewhere, strict=True):
+        assert b.any() and (a == b).all()
+
+
 def array_shapes(jaxpr):
     """Shapes of all arrays that a jaxpr makes, those of inner jaxprs included."""
     own = {v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars}
