@@ -21,6 +21,7 @@ from m3jax.embeddings import Embeddings
 from m3jax.encoding import run, say_cut
 from m3jax.model import M3, cast
 from m3jax.sharding import make_mesh
+from m3jax.tokenization import utf8
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -160,6 +161,8 @@ def encode(
         raise ValueError(f"encode: texts must be a str or an iterable of str, got {texts!r:.80}")
     hidden = bar_hidden(progress)
     rows = [texts] if isinstance(texts, str) else list(texts)
+    for index, text in enumerate(rows):  # all of them first: a corpus is not to fail halfway
+        utf8(text, f"texts[{index}]")
     whole: list[tuple[Arrays, int]] = []
     # A bar that is asked for shows at once, by itself if the work takes a while.
     with tqdm(total=len(rows), unit="text", desc="encode", disable=hidden, delay=0 if progress else 3) as bar:

@@ -25,7 +25,7 @@ from m3jax.batching import PackedIds, Packing, arrange, pack
 from m3jax.collected import Arrays, Collected
 from m3jax.forward import Results, backend, forward, mesh_of, row_groups
 from m3jax.model import M3
-from m3jax.tokenization import MCLS_RUN, utf8
+from m3jax.tokenization import MCLS_RUN
 
 Key = TypeVar("Key")
 
@@ -162,8 +162,6 @@ def _windows(parts: Iterable[tuple[Any, Sequence[str]]]) -> Iterator[_Window]:
     """The windows of each part; a part of no texts has one of none."""
     number = 0
     for key, texts in parts:
-        for index, text in enumerate(texts):  # here too: a corpus is not to fail halfway
-            utf8(text, f"texts[{index}]")
         for some in _slices(texts, _WINDOW_TEXTS, _WINDOW_CHARACTERS):
             number += 1
             yield _Window(number, key, len(texts), some.start, texts[some])
