@@ -63,7 +63,8 @@ def encode_to(
     by a digest, not encoded. A directory is finished when all texts are in it; until then `open_embeddings` refuses it.
 
     directory: on a file system; shards.py tells what is in it. texts: any iterable of str; one that knows its length must
-    give as many, and is checked against the free disk before it begins, others shard by shard. colbert_dtype: what colbert
+    give as many, and is checked against the free disk before it begins, others shard by shard; a sequence is first looked
+    through for what is no text. colbert_dtype: what colbert
     vectors are stored in; they are read as float32. "float16" is within 2⁻¹¹ of each number, "int8" within max|x| / 254 of
     the vector, a quarter of float32's bytes. shard_texts: texts of a shard, of which a kill can lose two, one that is written
     and one that is computed; fewer where colbert would take more than 2 GiB, or the texts have more than 2²⁷ characters. The

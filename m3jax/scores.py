@@ -172,7 +172,8 @@ def _colbert_backward(kept, gradient):
     given = blocks.split(passage_mask), nearest, blocks.split(gradient.T, _BY_QUERY)
     if platform() == "tpu":
         # A block's gradient takes the place of its vectors, which nothing needs any more. XLA would hold three such arrays: the
-        # zeros in which the forward pass stacks, as those of the backward pass too. On CPU it copies all blocks for each block.
+        # zeros in which the forward pass stacks, as those of the backward pass too. On CPU it copies all blocks for each block
+        # (RESULTS.md, "Training").
         numbers = jnp.arange(len(stacked))
         (to_queries, to_passages), _ = jax.lax.scan(block_in_place, (nothing, stacked), (numbers, *given))
     else:

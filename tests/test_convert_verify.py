@@ -20,10 +20,6 @@ from m3jax.embeddings import Embeddings
 from m3jax.model import M3, flatten, shapes, unflatten
 from m3jax.tokenization import Tokenizer
 
-# Never skipped where `.[test]` is installed, as in CI; the others here run without torch too, as `m3jax` does.
-needs_torch = pytest.mark.skipif(
-    not reference.is_installed(), reason="the PyTorch side needs torch and transformers (the `test` extra)"
-)
 NAMES = ("dense 1 − cosine", "dense absolute", "sparse absolute", "colbert 1 − cosine")
 
 
@@ -66,7 +62,6 @@ def verified(capsys, *arguments):
     return status, {name: (float(value), "PAST IT" in rest) for name, value, rest in found}, text
 
 
-@needs_torch
 def test_torch_and_m3jax_are_alike(released, capsys):
     status, found, text = verified(capsys, released, released, "--a-with", "torch", "--b-with", "m3jax")
     assert status == 0 and text.endswith("alike within tolerance\n"), text
@@ -76,7 +71,6 @@ def test_torch_and_m3jax_are_alike(released, capsys):
     assert "37 texts, cut to 98 tokens" in text
 
 
-@needs_torch
 def test_by_default_torch_runs_released_directories(released, tmp_path, capsys, monkeypatch):
     pytest.importorskip("orbax.checkpoint", reason="Orbax checkpoints need the train extra")
     main(["from-pytorch", str(released), str(tmp_path / "orbax")])
@@ -128,7 +122,6 @@ def test_the_function_that_differs_fails(released, tmp_path, capsys, file, name,
     assert text.endswith(f"{len(past)} past tolerance\n" if past else "alike within tolerance\n")
 
 
-@needs_torch
 def test_what_torch_would_make_up_is_an_error(released, tmp_path):
     """transformers draws a missing tensor at random and says so in a log only."""
     other = shutil.copytree(released, tmp_path / "other")

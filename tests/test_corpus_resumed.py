@@ -289,7 +289,7 @@ soon = {} if mode in ("apart", "together") else {"heartbeat_timeout_seconds": 10
 jax.distributed.initialize(address, num_processes=2, process_id=int(number), **soon)
 import numpy as np
 import m3jax
-from m3jax import corpus, paths, shards
+from m3jax import corpus, shards
 from m3jax.sharding import make_mesh
 m3 = m3jax.load(model)
 texts = Path(texts).read_text().split("\\n")
